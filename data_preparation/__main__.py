@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line's arguments, each command's in its own section."""
     parser = argparse.ArgumentParser(prog='python -m data_preparation')
     commands = parser.add_subparsers(dest='command', required=True)
     digits = commands.add_parser('digits', help='prepare the digits that scikit-learn carries')
@@ -15,13 +16,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Runs one command; what the user can mend is one line, `error: …`, and exit code 2."""
     arguments = parse_arguments()
     try:
         from data_preparation import digits
 
         print(f'prepared: {digits.prepare(arguments.data_dir)}')
     except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == '__main__':

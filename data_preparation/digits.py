@@ -66,11 +66,14 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         images, labels = load_digits().images, load_digits().target
         in_split = test_mask(labels) == (split == 'test')
         for index in np.flatnonzero(in_split).tolist():
-            yield index, {
-                'id': f'{index:04d}',
-                'image': encode_png(images[index]),
-                'label': int(labels[index]),
-            }
+            yield (
+                index,
+                {
+                    'id': f'{index:04d}',
+                    'image': encode_png(images[index]),
+                    'label': int(labels[index]),
+                },
+            )
 
 
 def prepare(data_dir: Path) -> Path:
