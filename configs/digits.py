@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handwritten digits: the whole benchmark in seconds, on any machine.
+
+Data: the 1,797 8×8 greyscale digits that scikit-learn carries (Alpaydin & Kaynak 1998), 1,437 to
+train on and 360 to evaluate. Model: a bottleneck ResNet v1.5 with one block a stage.
+
+Run: scripts/run_and_time.sh
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The configuration; hyperparameters.TABLE says what each field means."""
+    config = ConfigDict()
+
+    config.model = 'resnet_digits'
+    config.padding = 'symmetric'
+    config.dataset = 'digits'
+    config.image_size = 8
+    config.augmentation = 'pad_crop'
+
+    config.global_batch_size = 128
+    config.bn_span = 16
+    config.optimizer = 'lars'
+    config.learning_rate = 4.0
+    config.end_learning_rate = 0.0001
+    config.decay_power = 2
+    config.warmup_epochs = 2
+    config.decay_steps = 322
+    config.momentum = 0.9
+    config.weight_decay = 0.0002
+    config.lars_epsilon = 0.0
+    config.label_smoothing = 0.1
+    config.eval_every_epochs = 2
+    config.eval_offset_epochs = 0
+    config.max_epochs = 30
+    config.target_top1 = 0.975
+    config.dtype = 'float32'
+    config.seed = None
+    config.init_from = None
+
+    config.accelerator = 'any'
+    config.per_device_batch = None
+    config.data_threads = None
+    config.data_processes = 0
+    config.cache_gib = 1.0
+    config.deterministic = True
+
+    config.data_dir = 'data'
+    config.checkpoint_every_steps = None
+    config.log_every_steps = 10
+    config.drop_page_cache = False
+    config.division = 'open'
+    config.org = 'reference'
+    config.platform = 'unknown'
+    config.status = 'research'
+    return config

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every number that follows from the configuration, the data's size and the devices, once."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hyperparameters import ACCELERATORS, ConfigError, is_evaluated
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """An evaluation: after `epoch` (from 1), which ends within optimizer step `step` (a count)."""
+
+    epoch: int
+    first_epoch: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run's arithmetic. B = D·M·k: only `per_device_batch` and `accumulation_steps` change with
+    the number of devices; everything that decides what is computed does not.
+
+    Attributes:
+      num_train, num_eval: examples in the two sets.
+      global_batch_size: B, examples per optimizer step.
+      num_devices: D.
+      per_device_batch: M, examples per device and micro-step; a multiple of bn_span.
+      accumulation_steps: k, micro-steps per optimizer step.
+      warmup_steps, decay_steps: of the schedule, in optimizer steps.
+      evaluations: in order; the last one ends the run.
+    """
+
+    num_train: int
+    num_eval: int
+    global_batch_size: int
+    num_devices: int
+    per_device_batch: int
+    accumulation_steps: int
+    warmup_steps: int
+    decay_steps: int
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples of one micro-step over all devices, D·M."""
+        return self.num_devices * self.per_device_batch
+
+    @property
+    def total_steps(self) -> int:
+        return self.evaluations[-1].step
+
+    @property
+    def eval_batches(self) -> int:
+        """Batches of D·M that hold the whole evaluation set, the last one padded."""
+        return -(-self.num_eval // self.micro_batch)
+
+    def epoch(self, step: int) -> float:
+        """Epochs of training data seen after so many optimizer steps."""
+        return step * self.global_batch_size / self.num_train
+
+
+def _per_device_batch(config: Mapping[str, Any], num_devices: int) -> int:
+    """The configured per-device batch, or the largest that fits the devices.
+
+    Raises:
+      ConfigError: naming the batches that would fit.
+    """
+    batch, span = config['global_batch_size'], config['bn_span']
+    quantum = span * num_devices
+    if batch % quantum:
+        near = sorted({max(batch // quantum, 1) * quantum, (batch // quantum + 1) * quantum})
+        raise ConfigError(
+            f'global_batch_size={batch} is not a multiple of bn_span × devices = {span} × '
+            f'{num_devices} = {quantum}; nearest that are: {", ".join(map(str, near))}. '
+            'To keep the batch, use a number of devices that divides '
+            f'global_batch_size / bn_span = {batch // span}.'
+        )
+    share = batch // num_devices
+    fitting = [m for m in range(span, share + 1, span) if share % m == 0]
+    chosen = config['per_device_batch']
+    if chosen is None:
+        limit = ACCELERATORS[config['accelerator']]
+        return max((m for m in fitting if m <= limit), default=fitting[0])
+    if chosen not in fitting:
+        raise ConfigError(
+            f'per_device_batch={chosen} does not fit: global_batch_size = devices × '
+            f'per_device_batch × accumulation steps, here {batch} on {num_devices} device(s), in '
+            f'multiples of bn_span={span}; those that fit: {", ".join(map(str, fitting))}.'
+        )
+    return chosen
+
+
+def make_plan(
+    config: Mapping[str, Any], *, num_train: int, num_eval: int, num_devices: int
+) -> Plan:
+    """Derives a run's numbers from a resolved configuration.
+
+    The warm-up lasts `warmup_epochs` times the steps of an epoch rounded up, as in the official
+    reference. The evaluation of epoch e follows step ceil(e·N / B): the mixed batch that holds the
+    epoch's last example (MLPerf training rules, section on the training loop).
+
+    Raises:
+      ConfigError: when the batch does not fit the devices or the training set.
+    """
+    batch = config['global_batch_size']
+    if batch > num_train:
+        raise ConfigError(
+            f'global_batch_size={batch} is larger than the training set of {num_train}; '
+            f'use at most {num_train}.'
+        )
+    per_device_batch = _per_device_batch(config, num_devices)
+    epochs = [e for e in range(1, config['max_epochs'] + 1) if is_evaluated(e, config)]
+    evaluations = tuple(
+        Evaluation(epoch, first_epoch=previous + 1, step=-(-epoch * num_train // batch))
+        for previous, epoch in zip([0, *epochs], epochs, strict=False)
+    )
+    return Plan(
+        num_train=num_train,
+        num_eval=num_eval,
+        global_batch_size=batch,
+        num_devices=num_devices,
+        per_device_batch=per_device_batch,
+        accumulation_steps=batch // (num_devices * per_device_batch),
+        warmup_steps=round(config['warmup_epochs'] * math.ceil(num_train / batch)),
+        decay_steps=config['decay_steps'],
+        evaluations=evaluations,
+    )
