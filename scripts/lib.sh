@@ -1,0 +1,43 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Functions that the scripts share; to be sourced, not run.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${VENV:-$ROOT/.venv}"
+[[ "$VENV" == /* ]] || VENV="$PWD/$VENV"
+
+# die MESSAGE: says what is wrong and what to do about it, and ends the script.
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# print_help: the comment that opens the calling script.
+print_help() {
+    awk 'NR == 1 || /SPDX-License-Identifier/ {next} !/^#/ {exit} {sub(/^# ?/, ""); if ($0 != "" || seen) print; seen = 1}' "$0"
+}
+
+# find_python: prints the path of a Python 3.11 that can make virtual environments.
+find_python() {
+    local candidate path tried=''
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3 python; do
+        path="$("$candidate" -c 'import sys; print(sys.executable)' 2>/dev/null)" || continue
+        if ! "$path" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+            tried+=" $path is $("$path" -V);"
+            continue
+        fi
+        "$path" -c 'import ensurepip, venv' 2>/dev/null ||
+            die "$path cannot make virtual environments: its venv module is missing." \
+                "On Debian and Ubuntu: apt-get install python3.11-venv"
+        echo "$path"
+        return
+    done
+    die "Python 3.11 was not found (the locked versions are made for it).${tried:+ Found only:$tried}" \
+        "Install Python 3.11, or name one: PYTHON=/path/to/python3.11 $0"
+}
+
+# has_gpu: true where an NVIDIA driver answers and sees a GPU.
+has_gpu() {
+    [[ "$(nvidia-smi -L 2>/dev/null)" == GPU* ]]
+}

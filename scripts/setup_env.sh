@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Makes the virtual environment that the other scripts run in; does nothing when it is up to date.
+#
+# Usage: scripts/setup_env.sh [--cpu | --gpu] [--test]
+#   --cpu    the versions of requirements-cpu.txt
+#   --gpu    those of requirements.txt: the same and the CUDA 12 wheels (driver 525 or newer)
+#            default: --gpu where nvidia-smi sees a GPU, else --cpu
+#   --test   the tools of requirements-test.txt as well and, with --cpu, PyTorch (requirements-torch.txt)
+#
+# Environment: VENV    where to make it (default: .venv in the repository)
+#              PYTHON  a Python 3.11 to make it from (default: python3.11 or python3)
+#              LOCK    cpu or gpu, as the flags
+#
+# Needs Python 3.11 and a package index, nothing else. Every package is checked against the hash in the
+# lock. Calls at the same time wait for each other; what was interrupted is made anew.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+lock="${LOCK:-}"
+with_tests=false
+for argument in "$@"; do
+    case "$argument" in
+        --cpu) lock=cpu ;;
+        --gpu) lock=gpu ;;
+        --test) with_tests=true ;;
+        -h | --help) print_help; exit ;;
+        *) die "unknown argument $argument; $0 --help lists the known ones" ;;
+    esac
+done
+[[ -n "$lock" ]] || { if has_gpu; then lock=gpu; else lock=cpu; fi; }
+
+cd "$ROOT"
+main_lock=requirements-cpu.txt
+test_locks=(requirements-test.txt requirements-torch.txt)
+case "$lock" in
+    cpu) ;;
+    gpu) main_lock=requirements.txt test_locks=(requirements-test.txt) ;;
+    *) die "LOCK is '$lock'; it can be cpu or gpu" ;;
+esac
+
+# A stamp tells what an environment was made from and where; without its stamp it counts as broken.
+stamp() {
+    cat requirements-build.txt "$main_lock" "$@" | sha256sum | cut -d' ' -f1
+    echo "$VENV"
+}
+holds() { # holds NAME LOCK...: is the stamp NAME there, and right?
+    [[ -f "$VENV/$1.stamp" && "$(stamp "${@:2}")" == "$(< "$VENV/$1.stamp")" ]] &&
+        "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
+}
+up_to_date() {
+    holds main && { ! "$with_tests" || holds test "${test_locks[@]}"; }
+}
+pip_install() {
+    "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --no-input "$@" ||
+        die "pip could not install this: $*. Its message above says why (a package index must be within reach);" \
+            "then run $0 again"
+}
+
+! up_to_date || exit 0
+if command -v flock > /dev/null; then
+    exec 9> "$VENV.lock" || die "cannot write to $(dirname "$VENV"); name another place: VENV=DIRECTORY $0"
+    flock --nonblock 9 || { echo 'waiting for another set-up of the same environment'; flock 9; }
+    ! up_to_date || exit 0
+fi
+
+SECONDS=0
+if ! holds main; then
+    python="$(find_python)"
+    [[ ! -e "$VENV" || -f "$VENV/pyvenv.cfg" || -z "$(ls -A "$VENV")" ]] ||
+        die "$VENV is there and is no virtual environment; move it away, or name another place: VENV=DIRECTORY $0"
+    echo "making $VENV from $("$python" -V) and $main_lock; this takes a minute or so"
+    rm -rf "$VENV"
+    "$python" -m venv "$VENV" || die "cannot make $VENV; name another place: VENV=DIRECTORY $0"
+    pip_install --require-hashes -r requirements-build.txt
+    pip_install --require-hashes --no-build-isolation -r "$main_lock"
+    stamp > "$VENV/main.stamp"
+fi
+if "$with_tests" && ! holds test "${test_locks[@]}"; then
+    echo "adding ${test_locks[*]} to $VENV"
+    rm -f "$VENV"/*.stamp
+    pip_install --require-hashes -r requirements-test.txt
+    [[ "$lock" == gpu ]] || pip_install -r requirements-torch.txt
+    stamp > "$VENV/main.stamp"
+    stamp "${test_locks[@]}" > "$VENV/test.stamp"
+fi
+echo "environment ready after $SECONDS s"
