@@ -61,7 +61,8 @@ pip_install() {
 
 ! up_to_date || exit 0
 if command -v flock > /dev/null; then
-    exec 9> "$VENV.lock" || die "cannot write to $(dirname "$VENV"); name another place: VENV=DIRECTORY $0"
+    { exec 9> "$VENV.lock"; } 2> /dev/null ||
+        die "cannot write to $(dirname "$VENV"); name another place: VENV=DIRECTORY $0"
     flock --nonblock 9 || { echo 'waiting for another set-up of the same environment'; flock 9; }
     ! up_to_date || exit 0
 fi
@@ -69,14 +70,19 @@ fi
 SECONDS=0
 if ! holds main; then
     python="$(find_python)"
-    [[ ! -e "$VENV" || -f "$VENV/pyvenv.cfg" || -z "$(ls -A "$VENV")" ]] ||
+    [[ ! -e "$VENV" || -f "$VENV/pyvenv.cfg" || -f "$VENV/unfinished" || -z "$(ls -A "$VENV")" ]] ||
         die "$VENV is there and is no virtual environment; move it away, or name another place: VENV=DIRECTORY $0"
     echo "making $VENV from $("$python" -V) and $main_lock; this takes a minute or so"
-    rm -rf "$VENV"
+    rm -rf "$VENV.removing"
+    [[ ! -e "$VENV" ]] || mv "$VENV" "$VENV.removing" # at once, so that no half of it is ever met
+    mkdir "$VENV"
+    touch "$VENV/unfinished"
+    rm -rf "$VENV.removing"
     "$python" -m venv "$VENV" || die "cannot make $VENV; name another place: VENV=DIRECTORY $0"
     pip_install --require-hashes -r requirements-build.txt
     pip_install --require-hashes --no-build-isolation -r "$main_lock"
     stamp > "$VENV/main.stamp"
+    rm "$VENV/unfinished"
 fi
 if "$with_tests" && ! holds test "${test_locks[@]}"; then
     echo "adding ${test_locks[*]} to $VENV"
