@@ -49,6 +49,7 @@ class ImageClassification:
 
     @property
     def model(self):
+        """The network, a Flax module."""
         return models.create(
             self.config['model'],
             num_classes=self.num_classes,

@@ -34,6 +34,7 @@ from image_preprocessing import (
 __all__ = [
     'DataError',
     'Dataset',
+    'DatasetError',
     'Pipeline',
     'Share',
     'decode_and_center_crop',
@@ -51,8 +52,12 @@ CENTRAL_FRACTION = 0.875
 _ORDER, _AUGMENTATION = 0, 1
 
 
+class DatasetError(RuntimeError):
+    """A data set that is missing or incomplete; the text says what to do."""
+
+
 class DataError(RuntimeError):
-    """Missing, incomplete or broken data; the text names it and says what to do."""
+    """A record that cannot be used; the text names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Dataset:
     num_train: int
     num_eval: int
     num_classes: int
+    digest: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +85,7 @@ def find_dataset(name: str, data_dir: str) -> Dataset:
     """Finds a prepared data set and checks that its files are there.
 
     Raises:
-      DataError: when it is missing or incomplete.
+      DatasetError: when it is missing or incomplete.
     """
     import tensorflow_datasets as tfds
 
@@ -88,22 +94,26 @@ def find_dataset(name: str, data_dir: str) -> Dataset:
     versions = sorted(root.glob('**/dataset_info.json'))
     versions = [path for path in versions if 'incomplete' not in str(path)]
     if not versions:
-        raise DataError(f'the data set {name} is not in {root}{advice}')
+        raise DatasetError(f'the data set {name} is not in {root}{advice}')
     directory = versions[-1].parent
     try:
         builder = tfds.builder_from_directory(directory)
         train, evaluation = (builder.info.splits[s] for s in ('train', EVAL_SPLIT[name]))
         num_classes = builder.info.features['label'].num_classes
     except Exception as error:
-        raise DataError(f'the metadata in {directory} cannot be used ({error}){advice}') from error
+        raise DatasetError(
+            f'the metadata in {directory} cannot be used ({error}){advice}'
+        ) from error
     expected = [Path(p) for split in (train, evaluation) for p in split.filepaths]
     missing = [p.name for p in expected if not p.is_file() or p.stat().st_size == 0]
     if missing or not expected:
-        raise DataError(
+        raise DatasetError(
             f'the data set in {directory} is incomplete: {len(missing)} of {len(expected)} shards '
             f'are missing or empty, the first is {missing[0] if missing else "unknown"}{advice}'
         )
-    return Dataset(name, str(directory), train.num_examples, evaluation.num_examples, num_classes)
+    return Dataset(
+        name, str(directory), train.num_examples, evaluation.num_examples, num_classes, None
+    )
 
 
 class Records:

@@ -45,10 +45,12 @@ def _path(key_path) -> tuple[str, ...]:
 
 
 def is_kernel(path: tuple[str, ...]) -> bool:
+    """Whether a path in the tree of parameters is that of a convolution or dense kernel."""
     return path[-1] == 'kernel'
 
 
 def is_batch_norm(path: tuple[str, ...]) -> bool:
+    """Whether a path in the tree of parameters is that of a BatchNorm scale or bias."""
     return 'bn' in path[-2]
 
 
@@ -81,7 +83,7 @@ def scale_by_layer(weight_decay: float, epsilon: float) -> optax.GradientTransfo
 def lars(
     schedule: optax.Schedule, momentum: float, weight_decay: float, epsilon: float
 ) -> optax.GradientTransformation:
-    """v ← μ·v - η_t·r·(g + λ·w); w ← w + v. Only kernels are decayed and have r ≠ 1."""
+    """LARS: v ← μ·v - η_t·r·(g + λ·w); w ← w + v. Only kernels are decayed and have r ≠ 1."""
     return optax.chain(
         optax.masked(scale_by_layer(weight_decay, epsilon), _mask(is_kernel)),
         optax.scale_by_learning_rate(schedule),
@@ -92,7 +94,7 @@ def lars(
 def sgd(
     schedule: optax.Schedule, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """v ← μ·v - η_t·(g + 2λ·w); w ← w + v. All but BatchNorm's parameters are decayed.
+    """SGD: v ← μ·v - η_t·(g + 2λ·w); w ← w + v. Only BatchNorm is not decayed.
 
     The official reference adds λ·Σw² to the loss; 2λ·w is that term's gradient.
     """

@@ -50,6 +50,7 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of a run that does not meet its target."""
         return self.evaluations[-1].step
 
     @property

@@ -100,6 +100,8 @@ def train_step(
     Args:
       state: replicated; donated when compiled.
       batch: one device's slice of the micro-batch.
+      task: the loss and its metrics (see `ImageClassification`).
+      optimizer: of weights and running statistics (see `optimizers.create`).
       stop: int32 [1], whether this device's process was asked to stop. It rides along so that all
         processes learn of it at the same step.
 
@@ -146,16 +148,16 @@ def train_step(
     return TrainState(variables, opt_state, LossScale(new_scale, good_steps)), metrics
 
 
-def eval_step(variables: Any, batch: Any, *, task: Any) -> Any:
-    """The task's sums over one evaluation batch, over all devices."""
-    return lax.psum(task.evaluate(variables, batch), AXIS)
+def eval_step(variables: Any, batch: Any, stop: jax.Array, *, task: Any) -> tuple[Any, jax.Array]:
+    """The task's sums over one evaluation batch of all devices, and `stop` as in `train_step`."""
+    return lax.psum((task.evaluate(variables, batch), stop[0]), AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """A run's compiled programs and where their arguments live.
 
-    `init(key)`, `train(state, batch, stop)` and `evaluate(variables, batch)` take and give arrays
+    `init(key)`, `train(state, batch, stop)` and `evaluate(variables, batch, stop)` take and give arrays
     on the mesh: state and results replicated, batches split along their first axis.
     """
 
@@ -211,13 +213,13 @@ def compile_steps(task: Any, optimizer: optax.MultiSteps, micro_batch: int, mesh
         donate_argnums=0,
     )
     evaluate = jax.jit(
-        lifted(functools.partial(eval_step, task=task), (REPLICATED, SHARDED), REPLICATED)
+        lifted(functools.partial(eval_step, task=task), (REPLICATED, SHARDED, SHARDED), REPLICATED)
     )
     return Programs(
         mesh=mesh,
         init=init,
         train=train.lower(placed(state, replicated), batch, stop).compile(),
-        evaluate=evaluate.lower(placed(state.variables, replicated), batch).compile(),
+        evaluate=evaluate.lower(placed(state.variables, replicated), batch, stop).compile(),
         replicated=replicated,
         sharded=sharded,
     )

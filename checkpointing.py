@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of whole optimizer steps, with nothing in them about hardware.
+
+A checkpoint is a tree of NumPy arrays (weights, running statistics, optimizer state, step, loss
+scale) and a small JSON record (step, seed, configuration, checksum). Process 0 writes it with
+Orbax, in the background; at the start it reads the newest good one and the others receive it, so
+a run continues on any number of devices and processes.
+"""
+
+import logging
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from train_lib import LossScale, TrainState
+
+KEPT = 2  # The newest, and the one before it in case the newest is damaged.
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read; the text says which and what to do."""
+
+
+def to_tree(state: TrainState) -> dict[str, Any]:
+    """What is worth keeping of a state between two optimizer steps, as nested dicts.
+
+    The accumulator of `optax.MultiSteps` is left out: it is zero there, and its presence must not
+    tie the checkpoint to a number of accumulation steps.
+    """
+    return {
+        'variables': state.variables,
+        'opt_state': flax.serialization.to_state_dict(state.opt_state.inner_opt_state),
+        'loss_scale': state.loss_scale._asdict(),
+        'step': state.step,
+    }
+
+
+def check(tree: Mapping[str, Any], template: TrainState) -> None:
+    """Checks that a tree belongs to a run.
+
+    Args:
+      tree: as made by `to_tree`.
+      template: the run's state, as shapes and dtypes.
+
+    Raises:
+      CheckpointError: when an array is missing, left over, or of another shape or dtype.
+    """
+    ours, theirs = _described(to_tree(template)), _described(tree)
+    differ = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
+    if differ:
+        first = differ[0]
+        raise CheckpointError(
+            f'the checkpoint is of another model or optimizer: {len(differ)} arrays differ, the '
+            f'first is {first}: {theirs.get(first, "missing")} there, {ours.get(first, "none")} here'
+        )
+
+
+def from_tree(tree: Mapping[str, Any], template: TrainState) -> TrainState:
+    """The inverse of `to_tree`, for a tree that `check` has passed."""
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), template.opt_state)
+    inner = flax.serialization.from_state_dict(zeros.inner_opt_state, tree['opt_state'])
+    return TrainState(
+        variables=tree['variables'],
+        opt_state=zeros._replace(inner_opt_state=inner, gradient_step=tree['step']),
+        loss_scale=LossScale(**tree['loss_scale']),
+    )
+
+
+def initial_weights(path: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights and running statistics of a checkpoint, to start another run from.
+
+    Args:
+      path: a checkpoint, WORKDIR/checkpoints/STEP.
+      ours: the run's own initial variables, host arrays.
+
+    Returns:
+      The checkpoint's variables; where its number of classes is another, with our own initial head.
+
+    Raises:
+      CheckpointError: when it is no checkpoint of this model.
+    """
+    theirs = read(path)[0]['variables']
+    a, b = _described(ours), _described(theirs)
+    differ = sorted(name for name in a | b if a.get(name) != b.get(name))
+    if [name for name in differ if not name.startswith('params/fc/')]:
+        raise CheckpointError(
+            f'init_from={path} is a checkpoint of another model: {len(differ)} arrays differ, the '
+            f'first is {differ[0]}'
+        )
+    if differ:
+        theirs = theirs | {'params': theirs['params'] | {'fc': ours['params']['fc']}}
+    return theirs
+
+
+def _flat(tree: Any) -> list[tuple[str, Any]]:
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [('/'.join(str(key.key) for key in path), leaf) for path, leaf in pairs]
+
+
+def _described(tree: Any) -> dict[str, str]:
+    return {name: f'{x.dtype}{list(x.shape)}' for name, x in _flat(tree)}
+
+
+def checksum(tree: Any) -> int:
+    """CRC-32 over names, dtypes, shapes and bytes of a tree of host arrays."""
+    total = 0
+    for name, leaf in _flat(tree):
+        array = np.asarray(leaf)
+        total = zlib.crc32(f'{name}{array.dtype}{array.shape}'.encode(), total)
+        total = zlib.crc32(np.ascontiguousarray(array).data.cast('B') if array.size else b'', total)
+    return total
+
+
+class Checkpoints:
+    """A run's checkpoints in `directory`; made by process 0 alone.
+
+    `report` receives a sentence for every fault that does not end the run: a damaged checkpoint, a
+    save that failed.
+    """
+
+    def __init__(self, directory: Path, report: Callable[[str], None]):
+        logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells of every step it takes.
+        self._directory, self._report = directory.resolve(), report
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=KEPT,
+                create=False,
+                cleanup_tmp_directories=True,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=0, active_processes={0}, barrier_sync_key_prefix='checkpoints'
+                ),
+            ),
+        )
+
+    def save(self, tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        """Starts writing a tree of host arrays and a JSON record; an earlier save ends first.
+
+        A save that fails (a full disk) is reported and the run goes on.
+        """
+        self.wait()
+        step = int(tree['step'])
+        if step in self._manager.all_steps():
+            return
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree),
+                    record=ocp.args.JsonSave(dict(record) | {'checksum': checksum(tree)}),
+                ),
+            )
+        except Exception as error:
+            self._failed(error)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk, or has failed and been reported."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self._report(f'a checkpoint could not be saved in {self._directory}: {_first_line(error)}')
+        try:
+            self._manager.close()
+        except Exception:
+            logging.getLogger(__name__).debug('the failed save was reported already')
+        self._manager = self._open()  # Removes what the failed save left behind.
+
+    def restore(self, template: TrainState) -> dict[str, Any] | None:
+        """The tree of the newest checkpoint that is whole; None if there is none.
+
+        Raises:
+          CheckpointError: when there are checkpoints and none can be read, or one that is of
+            another model than `template`.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                tree, _ = read(self._directory / str(step))
+            except Exception as error:
+                self._report(
+                    f'checkpoint {self._directory / str(step)} is damaged ({_first_line(error)}); '
+                    'using the one before it'
+                )
+                (self._directory / str(step)).rename(self._directory / f'damaged-{step}')
+                self._manager.reload()
+                continue
+            check(tree, template)
+            return tree
+        if steps:
+            raise CheckpointError(
+                f'none of the checkpoints in {self._directory} can be read; they were renamed to '
+                'damaged-STEP. Start again in an empty work directory.'
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background threads."""
+        self.wait()
+        self._manager.close()
+
+
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads one checkpoint, WORKDIR/checkpoints/STEP, as (tree of host arrays, record).
+
+    Raises:
+      CheckpointError: when it is missing, or is not what was written.
+    """
+    if not (directory / 'state').is_dir():
+        raise CheckpointError(f'{directory} is no checkpoint: it has no folder "state"')
+    with ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler()
+        )
+    ) as checkpointer:
+        abstract = checkpointer.metadata(directory).item_metadata['state']
+        restored = checkpointer.restore(
+            directory,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(
+                    jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(abstract))
+                ),
+                record=ocp.args.JsonRestore(),
+            ),
+        )
+    tree, record = jax.tree.map(np.asarray, restored['state']), restored['record']
+    if checksum(tree) != record['checksum']:
+        raise CheckpointError('its checksum is not the one that was written')
+    return tree, record
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

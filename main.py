@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a configuration to its target.
+
+    main.py --config=configs/digits.py --workdir=runs/digits [--config.NAME=VALUE …]
+
+The same command goes on with a run that was interrupted. Exit status: 0 the target was reached,
+1 it was missed, 2 the run was refused before it began, 3 it failed, 75 it was interrupted and saved.
+"""
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hyperparameters
+
+EXIT_REACHED, EXIT_MISSED, EXIT_REFUSED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75
+COMPILATION_CACHE_BYTES = 2 << 30
+FLAG = '--config.'
+
+
+def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Splits the command line into the program's own flags and the configuration's."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--config', default='configs/digits.py', help='FILE.py or FILE.py:ARGUMENT')
+    parser.add_argument('--workdir', type=Path, required=True, help='everything is written here')
+    parser.add_argument(
+        '--coordinator', metavar='HOST:PORT', help='of process 0; several processes'
+    )
+    parser.add_argument('--num_processes', type=int, help='with --coordinator')
+    parser.add_argument('--process_id', type=int, help='from 0; with --coordinator')
+    fields = parser.add_argument_group('configuration', 'each overrides the field of the file')
+    for entry in hyperparameters.TABLE:
+        optional = ' or none' if entry.optional else ''
+        rule = f'{entry.type.__name__}{optional}; {entry.rule.words}'
+        fields.add_argument(
+            FLAG + entry.name,
+            metavar=entry.type.__name__.upper(),
+            help=f'{entry.help} ({rule})'.replace('%', '%%'),
+        )
+    flags, unknown = parser.parse_known_args(arguments)
+    overrides = {
+        name.removeprefix('config.'): value
+        for name, value in vars(flags).items()
+        if name.startswith('config.') and value is not None
+    }
+    for argument in unknown:
+        if not argument.startswith(FLAG):
+            parser.error(f'unknown argument {argument}')
+        name, _, value = argument.removeprefix(FLAG).partition('=')
+        overrides[name] = value  # Judged, and refused, with all the others.
+    return flags, overrides
+
+
+def load_config(specification: str) -> Mapping[str, Any]:
+    """Calls `get_config` of a configuration file, `FILE.py` or `FILE.py:ARGUMENT`.
+
+    Raises:
+      ValueError: when there is no such file, or it cannot be loaded.
+    """
+    path, _, argument = specification.partition(':')
+    file = next((p for p in (Path(path), Path(__file__).parent / path) if p.is_file()), None)
+    if file is None:
+        known = sorted(p.name for p in (Path(__file__).parent / 'configs').glob('[a-z]*.py'))
+        raise ValueError(f'--config={path}: no such file; there are configs/{{{", ".join(known)}}}')
+    spec = importlib.util.spec_from_file_location('configuration', file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(argument) if argument else module.get_config()
+    except Exception as error:
+        raise ValueError(f'--config={specification}: {error}') from error
+
+
+def prepare_jax(config: Mapping[str, Any], workdir: Path) -> None:
+    """Settings that JAX reads when it is imported or started."""
+    if config['deterministic']:
+        flags = '--xla_gpu_exclude_nondeterministic_ops=true'
+        os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip()
+    os.environ['NVIDIA_TF32_OVERRIDE'] = '0'  # A second lock: float32 is float32.
+
+    import jax
+
+    cache = workdir.resolve().parent / 'compilation_cache'
+    jax.config.update('jax_compilation_cache_dir', str(cache))
+    jax.config.update('jax_compilation_cache_max_size', COMPILATION_CACHE_BYTES)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
+    """Sets up the processes and runs; the exit status."""
+    prepare_jax(config, flags.workdir)
+    import checkpointing
+    import distributed
+    import input_pipeline
+    import train_loop
+    import work_directory
+
+    refused = (
+        hyperparameters.ConfigError,
+        input_pipeline.DatasetError,
+        work_directory.WorkDirectoryError,
+        checkpointing.CheckpointError,
+    )
+    failed = (input_pipeline.DataError, train_loop.NonFiniteError)
+    try:
+        dataset = input_pipeline.find_dataset(config['dataset'], config['data_dir'])
+        distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+        outcome = train_loop.train_and_evaluate(config, dataset, flags.workdir)
+    except refused as error:
+        return complain(error, EXIT_REFUSED)
+    except failed as error:
+        return complain(error, EXIT_FAILED)
+    if distributed.is_lead():
+        print(f'{flags.workdir}: {outcome.value}', flush=True)
+    return {
+        train_loop.Outcome.REACHED: EXIT_REACHED,
+        train_loop.Outcome.MISSED: EXIT_MISSED,
+        train_loop.Outcome.INTERRUPTED: EXIT_INTERRUPTED,
+    }[outcome]
+
+
+def complain(error: Exception, status: int) -> int:
+    """Prints an error for people."""
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    return status
+
+
+def main(arguments: list[str]) -> int:
+    """The program; its exit status."""
+    # Until there is something to save, a signal ends the program at once.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    flags, overrides = parse_flags(arguments)
+    try:
+        config = hyperparameters.resolve(load_config(flags.config), overrides)
+    except ValueError as error:
+        return complain(error, EXIT_REFUSED)
+    return run(flags, config)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

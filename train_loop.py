@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run, from its configuration to its last log line.
+
+    init_start → compile, initialise or restore → init_stop, run_start → train and evaluate in
+    turns → run_stop
+
+The device is never made to wait for Python: the next step is dispatched before the last one's
+metrics are read, and batches are on their way to the device while it computes.
+"""
+
+import collections
+import dataclasses
+import enum
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+import checkpointing
+import distributed
+import optimizers
+import train_lib
+import work_directory
+from distributed import StopRequest
+from image_classification import ImageClassification
+from input_pipeline import Dataset, Pipeline
+from mlperf_log import EventLog
+from plan import Evaluation, Plan, make_plan
+from progress import Progress
+from train_lib import Programs, TrainState
+
+
+class Outcome(enum.Enum):
+    """How a run ended."""
+
+    REACHED = 'the target was reached'
+    MISSED = 'the target was missed'
+    INTERRUPTED = 'the run was interrupted and saved; the same command resumes it'
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not finite; the weights were left as they were."""
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Where the seconds since the last report went."""
+
+    since: float = dataclasses.field(default_factory=time.monotonic)
+    waiting_for_input: float = 0.0
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds in all, and of these waiting for input, since the last lap."""
+        now = time.monotonic()
+        seconds, waiting = now - self.since, self.waiting_for_input
+        self.since, self.waiting_for_input = now, 0.0
+        return max(seconds, 1e-9), waiting
+
+
+def _on_devices(batches: Iterator[Any], programs: Programs, clock: _Clock) -> Iterator[Any]:
+    """Batches on the devices, each sent while the one before it is used."""
+    sent: collections.deque = collections.deque()
+    exhausted = False
+    while True:
+        while not exhausted and len(sent) < 2:
+            before = time.monotonic()
+            batch = next(batches, None)
+            clock.waiting_for_input += time.monotonic() - before
+            exhausted = batch is None
+            if batch is not None:
+                sent.append(programs.to_devices(batch))
+        if not sent:
+            return
+        yield sent.popleft()
+
+
+class Run:
+    """A run in one process: what it has and how it moves on. Use `train_and_evaluate`."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        plan: Plan,
+        dataset: Dataset,
+        workdir: Path,
+        log: EventLog,
+        stop: StopRequest,
+    ):
+        self.config, self.plan, self.log, self.stop = config, plan, log, stop
+        lead = distributed.is_lead()
+        mesh = train_lib.make_mesh()
+        self.task = ImageClassification(config, dataset.num_classes)
+        self.schedule = optimizers.learning_rate_schedule(config, plan)
+        optimizer = optimizers.create(config, plan)
+        self.programs = train_lib.compile_steps(self.task, optimizer, plan.micro_batch, mesh)
+        share = distributed.share_of(mesh, plan.micro_batch)
+        self.pipeline = Pipeline(dataset, config, config['seed'], share)
+        self.checkpoints = (
+            checkpointing.Checkpoints(workdir / 'checkpoints', report=print) if lead else None
+        )
+        self.state = self._first_state(optimizer)
+        self.step = int(jax.device_get(self.state.step))
+        self.progress = Progress(workdir if lead else None, plan, self.step)
+        self._pending: collections.deque = collections.deque()
+        self._laps: list[Mapping[str, float]] = []
+        self._clock = _Clock()
+        self._stopped = False
+
+    def _first_state(self, optimizer: Any) -> TrainState:
+        """The newest checkpoint's state, or the initial one."""
+        key, to_all = train_lib.init_key(self.config['seed']), self.programs.replicated
+        template = jax.eval_shape(
+            lambda key: train_lib.create_train_state(key, self.task, optimizer), key
+        )
+        checkpoints = self.checkpoints
+        tree = distributed.lead_does(lambda: checkpoints.restore(template))
+        if distributed.from_lead(np.int32(tree is not None)):
+            if tree is None:
+                shapes = checkpointing.to_tree(template)
+                tree = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+            state = checkpointing.from_tree(distributed.from_lead(tree), template)
+            return jax.device_put(state, to_all)
+        state = self.programs.init(jax.device_put(key, to_all))
+        if self.config['init_from'] is not None:
+            weights = checkpointing.initial_weights(
+                Path(self.config['init_from']), jax.device_get(state.variables)
+            )
+            state = state.replace(variables=jax.device_put(weights, to_all))
+        return state
+
+    def train_block(self, last_step: int) -> None:
+        """Trains up to a step, or until the run is asked to stop."""
+        micro_steps = self.plan.accumulation_steps
+        batches = _on_devices(
+            self.pipeline.train(self.step * micro_steps, last_step * micro_steps),
+            self.programs,
+            self._clock,
+        )
+        while self.step < last_step and not self._stopped:
+            metrics = []
+            for _ in range(micro_steps):
+                flags = self.stop.flags(self.programs)
+                self.state, values = self.programs.train(self.state, next(batches), flags)
+                metrics.append(values)
+            self.step += 1
+            self._pending.append((self.step, metrics))
+            if len(self._pending) > 1:
+                self._read_metrics()
+            every = self.config['checkpoint_every_steps']
+            if every and self.step % every == 0 and self.step < last_step:
+                self.save()
+        self._drain()
+
+    def _drain(self) -> None:
+        while self._pending:
+            self._read_metrics()
+
+    def _read_metrics(self) -> None:
+        """Reads the metrics of the oldest step in flight, which waits for it to end."""
+        step, micro = self._pending.popleft()
+        micro = jax.device_get(micro)
+        means = {name: float(np.mean([m[name] for m in micro])) for name in micro[0]}
+        if means['finite'] < 1:
+            raise NonFiniteError(
+                f'the loss ({means["loss"]}) or its gradient is not finite at step {step}; the '
+                'weights were not moved. The last checkpoint is good: the same command goes on '
+                'from there; a lower learning_rate or a longer warm-up may help'
+            )
+        self._stopped = self._stopped or means['stop'] > 0
+        self._laps.append(means)
+        if step % self.config['log_every_steps'] == 0:
+            self._report(step)
+
+    def _report(self, step: int) -> None:
+        seconds, waiting = self._clock.lap()
+        laps, self._laps = self._laps, []
+        values = {
+            'loss': float(np.mean([lap['loss'] for lap in laps])),
+            'top1': float(np.mean([lap['top1'] for lap in laps])),
+            'learning_rate': float(self.schedule(step - 1)),
+            'images_per_second': len(laps) * self.plan.global_batch_size / seconds,
+            'input_wait': min(waiting / seconds, 1.0),
+            'seconds': seconds,
+        }
+        if self.config['dtype'] == 'float16':
+            values['loss_scale'] = laps[-1]['loss_scale']
+        self.progress.training(step, values)
+
+    def save(self) -> float:
+        """Starts saving the state in the background; the seconds that this held up the run."""
+        before = time.monotonic()
+        self._drain()
+        if self.checkpoints:
+            # Copied, for the next step overwrites the state's own memory.
+            tree = jax.tree.map(
+                lambda x: np.array(jax.device_get(x)), checkpointing.to_tree(self.state)
+            )
+            self.checkpoints.save(tree, {'step': self.step, 'config': dict(self.config)})
+        return time.monotonic() - before
+
+    def evaluate(self) -> dict[str, float] | None:
+        """The quality on the whole evaluation set; None if the run was asked to stop."""
+        totals: dict[str, float] = collections.defaultdict(float)
+        pending: collections.deque = collections.deque()
+
+        def read():
+            sums, stop = jax.device_get(pending.popleft())
+            self._stopped = self._stopped or stop > 0
+            for name, value in sums.items():
+                totals[name] += value.item()
+
+        for batch in _on_devices(self.pipeline.evaluation(), self.programs, _Clock()):
+            flags = self.stop.flags(self.programs)
+            pending.append(self.programs.evaluate(self.state.variables, batch, flags))
+            if len(pending) > 2:
+                read()
+            if self._stopped:
+                return None
+        while pending:
+            read()
+        return self.task.quality(totals)
+
+    def _judge(self, evaluation: Evaluation) -> bool | None:
+        """Saves, evaluates and logs; whether the target is reached, None if asked to stop."""
+        saving = self.save()
+        before = time.monotonic()
+        self.log.eval_start(evaluation)
+        result = self.evaluate()
+        if result is None:
+            return None
+        self.log.eval_stop(evaluation, result['eval_top1'])
+        result |= {'eval_seconds': time.monotonic() - before, 'checkpoint_seconds': saving}
+        self.progress.evaluation(self.step, evaluation.epoch, result)
+        self._clock.lap()
+        return result['eval_top1'] >= self.config['target_top1']
+
+    def _blocks(self) -> Outcome:
+        for evaluation in self.plan.evaluations:
+            if evaluation.step < self.step:
+                continue
+            self.log.block_start(evaluation)
+            self.train_block(evaluation.step)
+            if self.step < evaluation.step:
+                self.save()
+                return Outcome.INTERRUPTED
+            self.log.block_stop(evaluation)
+            reached = self._judge(evaluation)
+            if reached is None:
+                return Outcome.INTERRUPTED
+            if reached:
+                return Outcome.REACHED
+        return Outcome.MISSED
+
+    def to_the_end(self) -> Outcome:
+        """Trains and evaluates in turns until the target, the last epoch or a request to stop."""
+        self._clock.lap()
+        outcome = self._blocks()
+        if outcome is not Outcome.INTERRUPTED:
+            self.log.run_stop(outcome is Outcome.REACHED)
+        if self.checkpoints:
+            self.checkpoints.close()
+        self.progress.close()
+        return outcome
+
+
+def train_and_evaluate(config: Mapping[str, Any], dataset: Dataset, workdir: Path) -> Outcome:
+    """Runs a configuration to its end, or goes on with what the work directory holds.
+
+    Args:
+      config: resolved; without a seed, one is drawn from the system's entropy.
+      dataset: what it trains on.
+      workdir: where everything that it writes goes.
+
+    Raises:
+      ConfigError, WorkDirectoryError, CheckpointError: before the clock starts.
+      DataError, NonFiniteError: later; the last checkpoint is kept.
+    """
+    plan = make_plan(
+        config,
+        num_train=dataset.num_train,
+        num_eval=dataset.num_eval,
+        num_devices=jax.device_count(),
+    )
+    recorded = distributed.lead_does(lambda: work_directory.open_for(config, workdir))
+    seed = distributed.seed_from_lead(config['seed'] if recorded is None else recorded)
+    config = FrozenConfigDict(dict(config) | {'seed': seed})
+    lead = distributed.is_lead()
+    if lead:
+        work_directory.record(config, dataset, workdir)
+    log = EventLog(workdir / 'mlperf.log' if lead else None)
+    ended = [None, 'success', 'aborted']
+    status = ended[int(distributed.from_lead(np.int32(ended.index(log.status))))]
+    if status:
+        return Outcome.REACHED if status == 'success' else Outcome.MISSED
+
+    log.cache_clear(config['drop_page_cache'])
+    log.init_start()
+    log.header(config, plan)
+    stop = StopRequest()
+    run = Run(config, plan, dataset, workdir, log, stop)
+    log.init_stop()
+    log.run_start()
+    with stop.listening():
+        return run.to_the_end()
