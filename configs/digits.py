@@ -9,13 +9,14 @@ Run: scripts/run_and_time.sh
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config() -> ConfigDict:
     """The configuration; hyperparameters.TABLE says what each field means."""
-    config = ConfigDict()
+    config = common.base()
 
     config.model = 'resnet_digits'
-    config.padding = 'symmetric'
     config.dataset = 'digits'
     config.image_size = 8
     config.augmentation = 'pad_crop'
@@ -24,35 +25,13 @@ def get_config() -> ConfigDict:
     config.bn_span = 16
     config.optimizer = 'lars'
     config.learning_rate = 4.0
-    config.end_learning_rate = 0.0001
-    config.decay_power = 2
     config.warmup_epochs = 2
     config.decay_steps = 322
-    config.momentum = 0.9
     config.weight_decay = 0.0002
-    config.lars_epsilon = 0.0
     config.label_smoothing = 0.1
+
     config.eval_every_epochs = 2
     config.eval_offset_epochs = 0
     config.max_epochs = 30
     config.target_top1 = 0.975
-    config.dtype = 'float32'
-    config.seed = None
-    config.init_from = None
-
-    config.accelerator = 'any'
-    config.per_device_batch = None
-    config.data_threads = None
-    config.data_processes = 0
-    config.cache_gib = 1.0
-    config.deterministic = True
-
-    config.data_dir = 'data'
-    config.checkpoint_every_steps = None
-    config.log_every_steps = 10
-    config.drop_page_cache = False
-    config.division = 'open'
-    config.org = 'reference'
-    config.platform = 'unknown'
-    config.status = 'research'
     return config

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CIFAR-10 (Krizhevsky 2009): photographs, minutes on one GPU.
+
+Data: 50,000 32×32 images to train on, 10,000 to evaluate. Model: ResNet-18 with a 3×3 stem.
+
+Run: scripts/run_and_time.sh configs/cifar10.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """The configuration; hyperparameters.TABLE says what each field means."""
+    config = common.base()
+
+    config.model = 'resnet18_cifar'
+    config.dataset = 'cifar10'
+    config.image_size = 32
+    config.augmentation = 'pad_crop_flip'
+
+    config.global_batch_size = 512
+    config.bn_span = 64
+    config.optimizer = 'lars'
+    config.learning_rate = 5.0
+    config.warmup_epochs = 3
+    config.decay_steps = 2637  # 27 epochs
+    config.weight_decay = 0.0002
+    config.label_smoothing = 0.1
+
+    config.eval_every_epochs = 2
+    config.eval_offset_epochs = 0
+    config.max_epochs = 30
+    config.target_top1 = 0.93
+
+    config.log_every_steps = 20
+    return config

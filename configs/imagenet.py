@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark: ResNet-50 v1.5 on ImageNet (ILSVRC2012), MLPerf Training v4.0, closed division.
+
+The reference convergence point for a global batch of 4096, with LARS: 39 to 42 epochs to 75.9 %
+top-1 in its ten official runs. The accelerator decides how many images a device holds at a time,
+and so in how many steps the batch is accumulated; the result does not depend on it.
+
+Run: scripts/run_and_time.sh configs/imagenet.py --config.accelerator=v100-16gb
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """The configuration; hyperparameters.TABLE says what each field means."""
+    config = common.base()
+
+    config.model = 'resnet50'
+    config.dataset = 'imagenet2012'
+    config.image_size = 224
+    config.augmentation = 'crop_resize'
+
+    config.global_batch_size = 4096
+    config.bn_span = 64
+    config.optimizer = 'lars'
+    config.learning_rate = 10.0
+    config.warmup_epochs = 5
+    config.decay_steps = 13137
+    config.weight_decay = 0.0002
+    config.label_smoothing = 0.1
+
+    config.eval_every_epochs = 4
+    config.eval_offset_epochs = 0
+    config.max_epochs = 48
+    config.target_top1 = 0.759
+
+    config.accelerator = 'v100-16gb'
+    config.drop_page_cache = True
+    config.checkpoint_every_steps = 313  # One an epoch.
+    config.division = 'closed'
+    return config
