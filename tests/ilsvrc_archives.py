@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes small archives of the structure of ILSVRC2012's two, for the tests that prepare them."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+
+CMYK_NAME, PNG_NAME = 'n01739381_1309.JPEG', 'n02105855_2933.JPEG'
+
+
+def synthetic_jpeg(seed: int, height: int = 40, width: int = 60) -> bytes:
+    """A JPEG of smooth noise; another one for each seed."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    image = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    return simplejpeg.encode_jpeg(image, quality=90, colorsubsampling='420')
+
+
+def cmyk_jpeg() -> bytes:
+    """A JPEG of the kind that 22 training files are: four channels, inverted, Adobe's marker."""
+    cmyk = np.random.default_rng(7).integers(0, 256, (5, 6, 4), np.uint8)
+    cmyk = cv2.resize(cmyk, (48, 40), interpolation=cv2.INTER_CUBIC)
+    return simplejpeg.encode_jpeg(cmyk, quality=95, colorspace='CMYK', colorsubsampling='444')
+
+
+def png() -> bytes:
+    """A PNG of the size of a small photograph."""
+    noise = np.random.default_rng(8).integers(0, 256, (5, 6, 3), np.uint8)
+    return cv2.imencode('.png', cv2.resize(noise, (48, 40)))[1].tobytes()
+
+
+def write_archives(
+    folder: Path, train: Mapping[str, bytes], validation: Mapping[str, bytes], shards: int
+) -> Path:
+    """Writes the two archives and the JSON file of what is known of them, and returns the latter.
+
+    Args:
+        folder: where they go.
+        train: encoded images by name; a name starts with its class, 'n01440764_'.
+        validation: encoded images by name, 'ILSVRC2012_val_00000001.JPEG' on.
+        shards: how many the training set is to be cut into; the validation set gets 2.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    classes: dict[str, dict[str, bytes]] = {}
+    for name, content in train.items():
+        classes.setdefault(name.split('_')[0], {})[name] = content
+    contents = {
+        'train': _tar({f'{synset}.tar': _tar(images) for synset, images in classes.items()}),
+        'validation': _tar(validation),
+    }
+    sources = {}
+    for split, stem, examples, count in (
+        ('train', 'train', len(train), shards),
+        ('validation', 'val', len(validation), 2),
+    ):
+        file_name = f'ILSVRC2012_img_{stem}.tar'
+        (folder / file_name).write_bytes(contents[split])
+        sources[split] = {
+            'file_name': file_name,
+            'size': len(contents[split]),
+            'sha256': hashlib.sha256(contents[split]).hexdigest(),
+            'examples': examples,
+            'shards': count,
+        }
+    path = folder / 'sources.json'
+    path.write_text(json.dumps(sources))
+    return path
+
+
+def _tar(members: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w:') as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
