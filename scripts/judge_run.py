@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has a finished run's log judged by the official checker and prints its result.
+
+    judge_run.py WORKDIR [--name=NAME]
+
+The last line is RESULT,NAME,SEED,SECONDS,USER,START with the seconds between run_start and run_stop.
+Exit status: 0 the target was reached and the log is accepted, 1 not, 2 there is no finished run.
+"""
+
+import argparse
+import datetime
+import getpass
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import mlperf_log
+
+RULESET = '4.0.0'
+
+
+def accepted(log: Path) -> tuple[bool, str]:
+    """The compliance checker's verdict on one log, and what it said."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, '-m', 'mlperf_logging.compliance_checker']
+        command += ['--usage', 'training', '--ruleset', RULESET]
+        command += ['--log_output', f'{folder}/checker.log', str(log.resolve())]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+def only(events: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """The one event of that key."""
+    return next(event for event in events if event['key'] == key)
+
+
+def main() -> int:
+    """The program; its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('workdir', type=Path)
+    parser.add_argument('--name', default='resnet')
+    flags = parser.parse_args()
+    log = flags.workdir / 'mlperf.log'
+    events = mlperf_log.read(log) if log.is_file() else []
+    if not any(event['key'] == 'run_stop' for event in events):
+        print(f'error: {flags.workdir} holds no finished run', file=sys.stderr)
+        return 2
+
+    start, stop = only(events, 'run_start'), only(events, 'run_stop')
+    evaluations = [event for event in events if event['key'] == 'eval_accuracy']
+    best = max(evaluations, key=lambda event: event['value'])
+    last = evaluations[-1]
+    seconds = (stop['time_ms'] - start['time_ms']) / 1000
+    epochs = last['metadata']['epoch_num']
+    examples = epochs * only(events, 'train_samples')['value']
+    reached = stop['metadata']['status'] == 'success'
+    good, said = accepted(log)
+
+    print(f'log        {log}: {"accepted" if good else "REFUSED"} by the compliance checker ({RULESET})')
+    if not good:
+        print(said)
+    print(f'accuracy   {last["value"]:.5f} top-1 after {epochs} epochs (best {best["value"]:.5f})')
+    print(f'target     {"reached" if reached else "MISSED"}')
+    print(f'time       {seconds:.1f} s, {examples / seconds:,.0f} images/s over the whole run')
+    begun = datetime.datetime.fromtimestamp(start['time_ms'] / 1000, datetime.UTC)
+    seed = only(events, 'seed')['value']
+    user = getpass.getuser()
+    print(f'RESULT,{flags.name},{seed},{seconds:.0f},{user},{begun:%Y-%m-%d %H:%M:%S}')
+    return 0 if reached and good else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
