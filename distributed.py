@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of a run: how they find each other, agree, and are asked to stop."""
 
-import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,34 +14,65 @@ from jax.sharding import Mesh
 from input_pipeline import Share
 from train_lib import Programs
 
-START_TIMEOUT_SECONDS = 300  # A peer that has not appeared by then ends the start.
 HEARTBEAT_TIMEOUT_SECONDS = 30  # A peer that is silent for so long ends the others.
 
 
-def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+class StartError(RuntimeError):
+    """The processes could not start together; the text says what to do."""
+
+
+def _in_cluster() -> bool:
+    """Whether a launcher that JAX knows how to ask has started this process, among others."""
+    environment = os.environ
+    slurm = 'SLURM_STEP_NODELIST' in environment and int(environment['SLURM_NTASKS']) > 1
+    open_mpi = (
+        'OMPI_MCA_orte_hnp_uri' in environment and int(environment['OMPI_COMM_WORLD_SIZE']) > 1
+    )
+    # Of the pods of a cluster, only those of an indexed job belong together.
+    kubernetes = 'KUBERNETES_SERVICE_HOST' in environment and 'JOB_COMPLETION_INDEX' in environment
+    return slurm or open_mpi or kubernetes
+
+
+def initialize(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> None:
     """Joins the run's other processes.
 
     With explicit arguments, or by JAX's own detection of Slurm, Open MPI and Kubernetes; a process
     that is in none of these runs alone.
 
+    Args:
+      coordinator: HOST:PORT of process 0; None: detected.
+      num_processes, process_id: of the run, and of this one from 0; None: detected.
+      timeout: seconds after which a process that has not appeared ends the start.
+
     Raises:
-      RuntimeError: when a peer does not appear in time.
+      StartError: when a process does not appear in time, or an argument is missing.
     """
-    cluster = any(
-        name in os.environ
-        for name in ('SLURM_STEP_NODELIST', 'OMPI_MCA_orte_hnp_uri', 'KUBERNETES_SERVICE_HOST')
-    )
-    explicit = coordinator is not None
-    several_in_cluster = int(os.environ.get('SLURM_NTASKS', '2')) > 1
-    if not explicit and not (cluster and several_in_cluster):
+    given = [argument is not None for argument in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise StartError('--coordinator, --num_processes and --process_id belong together; give all')
+    if not any(given) and not _in_cluster():
         return
-    jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
-        initialization_timeout=START_TIMEOUT_SECONDS,
-        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise StartError(
+            f'the processes did not find each other within --start_timeout={timeout} seconds '
+            f'({str(error).splitlines()[0]}); check that all were started and can reach the '
+            f'coordinator {coordinator or "that the cluster named"}'
+        ) from error
+
+
+def is_several() -> bool:
+    """Whether the run has several processes."""
+    return jax.process_count() > 1
 
 
 def is_lead() -> bool:
@@ -52,7 +82,7 @@ def is_lead() -> bool:
 
 def from_lead(tree: Any) -> Any:
     """Process 0's tree of host arrays, in every process; the others pass one of the same shapes."""
-    if jax.process_count() == 1:
+    if not is_several():
         return tree
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
@@ -61,7 +91,7 @@ def lead_does(function: Callable[[], Any]) -> Any:
     """Runs a function in process 0; its result there, None elsewhere. If it fails, all fail.
 
     Raises:
-      What the function raises, in process 0; RuntimeError in the others.
+      What the function raises, in process 0; StartError in the others.
     """
     result, error = None, None
     if is_lead():
@@ -73,7 +103,7 @@ def lead_does(function: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError('process 0 could not start the run; its message says why')
+        raise StartError('process 0 could not start the run; its message says why')
     return result
 
 
@@ -106,15 +136,14 @@ class StopRequest:
             signal.raise_signal(number)
         self.received = signal.Signals(number).name
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator['StopRequest']:
-        """Handles the two signals inside the block."""
-        before = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listen(self) -> None:
+        """Handles the two signals from here on, to the end of the process.
+
+        To its end, for a process may be asked to stop after it has learnt of it from another one,
+        and must not lose its exit status over it.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
 
     def flags(self, programs: Programs) -> jax.Array:
         """The flag that rides along with a step, int32 [devices], on the devices."""

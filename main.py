@@ -12,6 +12,7 @@ import importlib.util
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str
     )
     parser.add_argument('--num_processes', type=int, help='with --coordinator')
     parser.add_argument('--process_id', type=int, help='from 0; with --coordinator')
+    parser.add_argument(
+        '--start_timeout',
+        type=int,
+        default=300,
+        metavar='SECONDS',
+        help='a process that has not joined the others by then ends the start (default: 300)',
+    )
     fields = parser.add_argument_group('configuration', 'each overrides the field of the file')
     for entry in hyperparameters.TABLE:
         optional = ' or none' if entry.optional else ''
@@ -93,6 +101,8 @@ def prepare_jax(config: Mapping[str, Any], workdir: Path) -> None:
     jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_compilation_cache_max_size', COMPILATION_CACHE_BYTES)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    # It would answer SIGTERM in our place (see distributed.StopRequest).
+    jax.config.update('jax_enable_preemption_service', False)
 
 
 def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
@@ -109,15 +119,26 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
         input_pipeline.DatasetError,
         work_directory.WorkDirectoryError,
         checkpointing.CheckpointError,
+        distributed.StartError,
     )
     failed = (input_pipeline.DataError, train_loop.NonFiniteError)
     try:
         dataset = input_pipeline.find_dataset(config['dataset'], config['data_dir'])
-        distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
+        distributed.initialize(
+            flags.coordinator, flags.num_processes, flags.process_id, flags.start_timeout
+        )
         outcome = train_loop.train_and_evaluate(config, dataset, flags.workdir)
     except refused as error:
         return complain(error, EXIT_REFUSED)
     except failed as error:
+        return complain(error, EXIT_FAILED)
+    except Exception as error:
+        traceback.print_exc()
+        if distributed.is_several():
+            error = RuntimeError(
+                'a process failed, or lost another; the first message of all of them says why. '
+                'The same command goes on from the last checkpoint'
+            )
         return complain(error, EXIT_FAILED)
     if distributed.is_lead():
         print(f'{flags.workdir}: {outcome.value}', flush=True)
@@ -148,4 +169,9 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status in (EXIT_REFUSED, EXIT_FAILED):
+        # At its exit JAX would wait for the other processes, which may wait for this one.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -157,8 +157,8 @@ def eval_step(variables: Any, batch: Any, stop: jax.Array, *, task: Any) -> tupl
 class Programs:
     """A run's compiled programs and where their arguments live.
 
-    `init(key)`, `train(state, batch, stop)` and `evaluate(variables, batch, stop)` take and give arrays
-    on the mesh: state and results replicated, batches split along their first axis.
+    `init(key_data)`, `train(state, batch, stop)` and `evaluate(variables, batch, stop)` take and give
+    arrays on the mesh: state and results replicated, batches split along their first axis.
     """
 
     mesh: Mesh
@@ -172,6 +172,12 @@ class Programs:
         """Puts this process's part of a batch on its devices (asynchronous)."""
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(self.sharded, x), local
+        )
+
+    def to_all(self, tree: Any) -> Any:
+        """Puts a tree of host arrays, the same in every process, on all devices."""
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self.replicated, x, x.shape), tree
         )
 
 
@@ -194,7 +200,9 @@ def compile_steps(task: Any, optimizer: optax.MultiSteps, micro_batch: int, mesh
         )
 
     create = functools.partial(create_train_state, task=task, optimizer=optimizer)
-    init = jax.jit(create, out_shardings=replicated)
+    init = jax.jit(
+        lambda key_data: create(jax.random.wrap_key_data(key_data)), out_shardings=replicated
+    )
     state = jax.eval_shape(create, jax.eval_shape(lambda: jax.random.key(0)))
 
     def placed(tree, sharding):

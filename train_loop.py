@@ -112,7 +112,7 @@ class Run:
 
     def _first_state(self, optimizer: Any) -> TrainState:
         """The newest checkpoint's state, or the initial one."""
-        key, to_all = train_lib.init_key(self.config['seed']), self.programs.replicated
+        key, to_all = train_lib.init_key(self.config['seed']), self.programs.to_all
         template = jax.eval_shape(
             lambda key: train_lib.create_train_state(key, self.task, optimizer), key
         )
@@ -123,13 +123,13 @@ class Run:
                 shapes = checkpointing.to_tree(template)
                 tree = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
             state = checkpointing.from_tree(distributed.from_lead(tree), template)
-            return jax.device_put(state, to_all)
-        state = self.programs.init(jax.device_put(key, to_all))
+            return to_all(state)
+        state = self.programs.init(to_all(np.asarray(jax.random.key_data(key))))
         if self.config['init_from'] is not None:
             weights = checkpointing.initial_weights(
                 Path(self.config['init_from']), jax.device_get(state.variables)
             )
-            state = state.replace(variables=jax.device_put(weights, to_all))
+            state = state.replace(variables=to_all(weights))
         return state
 
     def train_block(self, last_step: int) -> None:
@@ -258,12 +258,14 @@ class Run:
     def to_the_end(self) -> Outcome:
         """Trains and evaluates in turns until the target, the last epoch or a request to stop."""
         self._clock.lap()
-        outcome = self._blocks()
+        try:
+            outcome = self._blocks()
+        finally:  # Whatever ended it, a checkpoint that is being written is still finished.
+            if self.checkpoints:
+                self.checkpoints.close()
+            self.progress.close()
         if outcome is not Outcome.INTERRUPTED:
             self.log.run_stop(outcome is Outcome.REACHED)
-        if self.checkpoints:
-            self.checkpoints.close()
-        self.progress.close()
         return outcome
 
 
@@ -304,5 +306,5 @@ def train_and_evaluate(config: Mapping[str, Any], dataset: Dataset, workdir: Pat
     run = Run(config, plan, dataset, workdir, log, stop)
     log.init_stop()
     log.run_start()
-    with stop.listening():
-        return run.to_the_end()
+    stop.listen()
+    return run.to_the_end()

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a program as several processes on this machine, one device each.
+
+    launch.py --gpus=N | --cpus=N -- main.py ARGUMENT…
+
+Every process is told of the others (--coordinator, --num_processes, --process_id, on a free port
+of the loopback device) and sees one GPU, or one CPU device. Lines that they print are prefixed
+with their number. SIGTERM and SIGINT are passed on to all. When a process fails, the others have
+a moment to end by themselves, then get SIGTERM, then SIGKILL, so nothing is left behind; should
+this program itself be killed, the system sends them SIGTERM. The exit status is that of the first
+process that failed (main.py says what it means; 3 for one that was killed), else theirs all.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+
+FAILED = 3  # As in main.py.
+NO_FAILURE = {0, 1, 75}  # Reached, missed, interrupted and saved: the others are about to follow.
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The program's own flags, and the command that it is to run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    number = parser.add_mutually_exclusive_group(required=True)
+    number.add_argument('--gpus', type=int, metavar='N', help='N processes, one GPU each')
+    number.add_argument('--cpus', type=int, metavar='N', help='N processes, one CPU device each')
+    parser.add_argument(
+        '--grace', type=float, default=10, metavar='SECONDS',
+        help='that the others have after one failed, before SIGTERM, and again before SIGKILL',
+    )  # fmt: skip
+    parser.add_argument('command', nargs='+', metavar='PROGRAM.py ARGUMENT')
+    flags = parser.parse_args(arguments)
+    if (flags.gpus or flags.cpus or 0) < 1:
+        parser.error('the number of processes must be at least 1')
+    return flags, flags.command
+
+
+def environments(flags: argparse.Namespace, inherited: Mapping[str, str]) -> list[dict[str, str]]:
+    """What each process adds to its environment so that it sees one device.
+
+    Raises:
+      ValueError: when CUDA_VISIBLE_DEVICES names fewer GPUs than are asked for.
+    """
+    if flags.cpus:
+        return [{'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}] * flags.cpus
+    visible = inherited.get('CUDA_VISIBLE_DEVICES')
+    gpus = visible.split(',') if visible else [str(i) for i in range(flags.gpus)]
+    if len(gpus) < flags.gpus:
+        raise ValueError(
+            f'--gpus={flags.gpus}, but CUDA_VISIBLE_DEVICES={visible} names only {len(gpus)}'
+        )
+    return [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus[: flags.gpus]]
+
+
+def free_port() -> int:
+    """A TCP port of the loopback device that nobody listens on."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
+
+
+def _end_with_parent() -> None:
+    """In a new process: SIGTERM when the one that started it dies (Linux; elsewhere nothing)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Processes:
+    """The processes of a run.
+
+    Each leads a process group of its own, so that a signal from the terminal reaches them through
+    this program only, once, and so that helpers of theirs can be ended with them.
+    """
+
+    def __init__(self, command: list[str], environments: list[dict[str, str]]):
+        several = len(environments) > 1
+        address = f'127.0.0.1:{free_port()}'
+        self._processes = []
+        for i, environment in enumerate(environments):
+            place = [f'--coordinator={address}', f'--num_processes={len(environments)}',
+                     f'--process_id={i}']  # fmt: skip
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, *command, *(place if several else [])],
+                    env={
+                        **os.environ,
+                        **environment,
+                        # Else JAX listens on all of the machine's addresses.
+                        'JAX_COORDINATOR_BIND_ADDRESS': address,
+                        'PYTHONUNBUFFERED': '1',
+                    },
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
+                )
+            )
+        width = len(str(len(environments) - 1))
+        self._printers = [
+            threading.Thread(target=self._print, args=(f'[{i:{width}}] ', process), daemon=True)
+            for i, process in enumerate(self._processes)
+        ]
+        for printer in self._printers:
+            printer.start()
+
+    @staticmethod
+    def _print(prefix: str, process: subprocess.Popen) -> None:
+        for line in process.stdout:
+            sys.stdout.buffer.write(prefix.encode() + line)
+            sys.stdout.buffer.flush()
+
+    def running(self) -> list[subprocess.Popen]:
+        """Those that have not ended."""
+        return [process for process in self._processes if process.poll() is None]
+
+    def failure(self) -> tuple[int, int] | None:
+        """Number and return code of a process that failed, if one has."""
+        failed = [
+            (i, p.returncode)
+            for i, p in enumerate(self._processes)
+            if p.poll() is not None and p.returncode not in NO_FAILURE
+        ]
+        # One that was killed is the cause of what the others say.
+        return min(failed, key=lambda pair: pair[1], default=None)
+
+    def send(self, number: int) -> None:
+        """Sends a signal to those that are running."""
+        for process in self.running():
+            process.send_signal(number)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until all have ended, but no longer than this; whether they have."""
+        end = time.monotonic() + seconds
+        while self.running() and time.monotonic() < end:
+            time.sleep(0.05)
+        return not self.running()
+
+    def end(self, grace: float) -> None:
+        """Ends all, and whatever they started."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if not self.wait(grace):
+                self.send(number)
+        for process in self._processes:
+            process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # Helpers that outlived it.
+        for printer in self._printers:
+            printer.join(timeout=1)
+
+    def status(self) -> int:
+        """The largest return code, once all have ended."""
+        return max(process.returncode for process in self._processes)
+
+
+def say(text: str) -> None:
+    """A line of this program's own."""
+    print(f'launch.py: {text}', file=sys.stderr, flush=True)
+
+
+def supervise(processes: Processes, grace: float, asked: list[int]) -> int:
+    """Waits for the processes; the exit status of the run.
+
+    Args:
+      processes: of the run.
+      grace: seconds that the others have when one has failed.
+      asked: the signals that this program has received and passed on.
+    """
+    try:
+        while processes.running() and processes.failure() is None:
+            time.sleep(0.05)
+        failure = processes.failure()
+        if failure is None:
+            return processes.status()
+        number, code = failure
+        how = f'was ended by {signal.Signals(-code).name}' if code < 0 else f'failed ({code})'
+        if processes.running():
+            say(f'process {number} {how}; ending the others')
+        elif code < 0:
+            say(f'process {number} {how}')
+        if code >= 0:
+            return code
+        return 128 - code if -code in asked else FAILED
+    finally:
+        processes.end(grace)
+
+
+def main(arguments: list[str]) -> int:
+    """The program; its exit status."""
+    flags, command = parse_flags(arguments)
+    try:
+        each = environments(flags, os.environ)
+    except ValueError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    asked: list[int] = []
+    processes: Processes | None = None
+
+    def pass_on(number, frame):
+        asked.append(number)
+        if processes:
+            processes.send(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    processes = Processes(command, each)
+    if asked:  # While they were being started.
+        processes.send(asked[-1])
+    return supervise(processes, flags.grace, asked)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
