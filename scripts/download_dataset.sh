@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Fetches and prepares a dataset; does nothing when it is there, and goes on with what was interrupted.
+#
+# Usage: scripts/download_dataset.sh {digits | cifar10 | imagenet} [DIR] [OPTION...]
+#   DIR   the root of all data (default: data in the repository); the dataset goes to DIR/NAME/VERSION
+#
+# cifar10:  --from PATH          a folder train|test/CLASS/*.jpg, or a tar of one, instead of the download
+# imagenet: --archives_dir PATH  the folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar
+#                                (default: DIR/downloads/manual); ImageNet wants an account, see docs/data.md
+#           --url URL            fetch the archives that are not there from this folder, with the name and
+#                                password in IMAGENET_USER and IMAGENET_PASSWORD if the server asks for them
+#           --workers N          threads (default: one per core)
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+case "${1:-}" in
+    digits | cifar10) name="$1" ;;
+    imagenet | imagenet2012) name=imagenet ;;
+    -h | --help | '') print_help; exit ;;
+    *) die "unknown dataset $1; known are digits, cifar10 and imagenet" ;;
+esac
+shift
+data_dir="$ROOT/data"
+if [[ $# -gt 0 && "$1" != -* ]]; then
+    mkdir -p "$1" || die "$1 cannot be written"
+    data_dir="$(cd "$1" && pwd)"
+    shift
+fi
+"$ROOT/scripts/setup_env.sh"
+export PYTHONPATH="$ROOT"
+exec "$VENV/bin/python" -m data_preparation "$name" --data_dir="$data_dir" "$@"

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Checks a prepared dataset against its metadata and its manifest, and names every fault.
+#
+# Usage: scripts/verify_dataset.sh {digits | cifar10 | imagenet} [DIR] [OPTION...]
+#   DIR              the root of all data (default: data in the repository)
+#   --full           decode every image, not only its header
+#   --manifest FILE  compare with this manifest instead of the published one
+#   --workers N      threads (default: one per core)
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+case "${1:-}" in
+    digits | cifar10) name="$1" ;;
+    imagenet | imagenet2012) name=imagenet2012 ;;
+    -h | --help | '') print_help; exit ;;
+    *) die "unknown dataset $1; known are digits, cifar10 and imagenet" ;;
+esac
+shift
+data_dir="$ROOT/data"
+if [[ $# -gt 0 && "$1" != -* ]]; then
+    data_dir="$(cd "$1" 2>/dev/null && pwd)" || die "there is no folder $1"
+    shift
+fi
+"$ROOT/scripts/setup_env.sh"
+export PYTHONPATH="$ROOT"
+exec "$VENV/bin/python" -m data_preparation verify "$name" --data_dir="$data_dir" "$@"

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixel arithmetic: equal to the official outputs, to float64 arithmetic, and to the definition."""
+
+import json
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+
+import image_preprocessing as ip
+from image_classification import CHANNEL_MEANS
+
+# Quantiles of 30,000 draws of the official operation for each of two image sizes.
+CROPS = json.loads(
+    Path(__file__).with_name('golden').joinpath('crop_distribution.json').read_text()
+)
+
+
+def smooth_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth noise over the full range, uint8[height,width,3]."""
+    noise = np.random.default_rng(seed).uniform(-40, 300, (6, 7, 3))
+    return np.clip(cv2.resize(noise, (width, height)), 0, 255).round().astype(np.uint8)
+
+
+def as_png(image: np.ndarray) -> bytes:
+    return cv2.imencode('.png', image[..., ::-1])[1].tobytes()
+
+
+def old_grid(image: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
+    """The definition in float64: bilinear samples at (ys × xs), the border's pixels repeated."""
+
+    def neighbours(c: np.ndarray, size: int):
+        low = np.floor(c).astype(int)
+        return low.clip(0, size - 1), (low + 1).clip(0, size - 1), c - low
+
+    y0, y1, wy = neighbours(ys, image.shape[0])
+    x0, x1, wx = neighbours(xs, image.shape[1])
+    wy, wx = wy[:, None, None], wx[None, :, None]
+    values = image.astype(np.float64)
+    top = values[y0][:, x0] * (1 - wx) + values[y0][:, x1] * wx
+    bottom = values[y1][:, x0] * (1 - wx) + values[y1][:, x1] * wx
+    return top * (1 - wy) + bottom * wy
+
+
+def assert_same_pixels(actual: np.ndarray, expected: np.ndarray) -> None:
+    """At most 1 grey level anywhere and 0.02 on average, after rounding both."""
+    difference = np.abs(actual.astype(np.float64) - np.rint(expected))
+    assert difference.max() <= 1
+    assert difference.mean() <= 0.02
+
+
+def test_evaluation_equals_the_official_outputs(official_outputs, imagenet_sample):
+    golden = np.load(official_outputs / 'eval_preprocessing.npz')
+    for name in golden:
+        encoded = (imagenet_sample / name).read_bytes()
+        image = ip.decode_and_center_crop(encoded, size=224, resize_min=256)
+        assert_same_pixels(image, golden[name] + np.array(CHANNEL_MEANS))
+
+
+@pytest.mark.parametrize(
+    ('height', 'width'),
+    [(375, 500), (500, 333), (224, 224), (256, 300), (17, 23), (1, 9), (9, 1), (1, 1), (3, 2000)],
+)
+def test_evaluation_equals_float64_arithmetic(height, width):
+    image = smooth_image(height, width)
+    actual = ip.decode_and_center_crop(as_png(image), size=224, resize_min=256)
+    scale = np.float32(256) / np.float32(min(height, width))
+    new_height, new_width = int(np.float32(height) * scale), int(np.float32(width) * scale)
+    ys = (np.arange(224) + (new_height - 224) // 2) * (height / new_height)
+    xs = (np.arange(224) + (new_width - 224) // 2) * (width / new_width)
+    assert_same_pixels(actual, old_grid(image, ys, xs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('height', 'width'), [(5000, 8000), (1, 40000), (40000, 1)])
+def test_very_large_and_very_long_images(height, width):
+    image = smooth_image(height, width)
+    actual = ip.decode_and_center_crop(as_png(image), size=224, resize_min=256)
+    scale = 256 / min(height, width)
+    ys = (np.arange(224) + (int(height * scale) - 224) // 2) * (height / int(height * scale))
+    xs = (np.arange(224) + (int(width * scale) - 224) // 2) * (width / int(width * scale))
+    assert_same_pixels(actual, old_grid(image, ys, xs))
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_training_equals_float64_arithmetic_of_the_sampled_crop(seed):
+    image = smooth_image(300 + 7 * seed, 420 - 11 * seed)
+    actual = ip.decode_and_random_crop(as_png(image), np.random.default_rng(seed), size=224)
+    rng = np.random.default_rng(seed)
+    y, x, height, width = ip.sample_crop(*image.shape[:2], rng)
+    crop = image[y : y + height, x : x + width]
+    expected = old_grid(crop, np.arange(224) * (height / 224), np.arange(224) * (width / 224))
+    if rng.random() < 0.5:
+        expected = expected[:, ::-1]
+    assert_same_pixels(actual, expected)
+
+
+@pytest.mark.parametrize('subsampling', ['420', '422', '444', 'gray'])
+@pytest.mark.parametrize('seed', range(6))
+def test_a_crop_of_a_jpeg_equals_the_crop_of_its_full_decoding(subsampling, seed):
+    image = smooth_image(211, 317, seed)
+    if subsampling == 'gray':
+        grey = np.ascontiguousarray(image[..., :1])
+        jpeg = simplejpeg.encode_jpeg(grey, colorspace='GRAY', colorsubsampling='Gray')
+    else:
+        jpeg = simplejpeg.encode_jpeg(image, quality=90, colorsubsampling=subsampling)
+    whole = simplejpeg.decode_jpeg(jpeg, 'RGB', fastdct=True)
+    actual = ip.decode_and_random_crop(jpeg, np.random.default_rng(seed), size=224)
+    expected = ip.decode_and_random_crop(as_png(whole), np.random.default_rng(seed), size=224)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_greyscale_gives_three_equal_channels():
+    grey = smooth_image(40, 50)[..., :1]
+    jpeg = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(grey), colorspace='GRAY', colorsubsampling='Gray'
+    )
+    for encoded in (jpeg, cv2.imencode('.png', grey)[1].tobytes()):
+        image = ip.decode(encoded)
+        assert image.shape == (40, 50, 3)
+        assert (image == image[..., :1]).all()
+
+
+@pytest.mark.parametrize('keep', [0.02, 0.3, 0.9, 0.999])
+def test_a_truncated_image_is_refused(keep):
+    image = smooth_image(200, 300)
+    for encoded in (simplejpeg.encode_jpeg(image), as_png(image)):
+        with pytest.raises(ValueError):
+            ip.decode(encoded[: int(keep * len(encoded))])
+
+
+def test_what_is_no_image_is_refused():
+    for encoded in (b'', b'GIF89a' + bytes(50), b'\xff\xd8' + bytes(50), b'\x89PNG' + bytes(50)):
+        with pytest.raises(ValueError):
+            ip.decode(encoded)
+
+
+def test_results_go_to_the_given_memory():
+    batch = np.zeros((3, 64, 64, 3), np.uint8)
+    jpeg = simplejpeg.encode_jpeg(smooth_image(90, 100))
+    small = smooth_image(64, 64)
+    ip.decode_and_random_crop(jpeg, np.random.default_rng(0), size=64, out=batch[0])
+    ip.decode_and_center_crop(jpeg, size=64, resize_min=73, out=batch[1])
+    ip.pad_and_random_crop(small, np.random.default_rng(0), padding=4, flip=True, out=batch[2])
+    for i, image in enumerate((
+        ip.decode_and_random_crop(jpeg, np.random.default_rng(0), size=64),
+        ip.decode_and_center_crop(jpeg, size=64, resize_min=73),
+        ip.pad_and_random_crop(small, np.random.default_rng(0), padding=4, flip=True),
+    )):  # fmt: skip
+        np.testing.assert_array_equal(batch[i], image)
+
+
+def draw(height: int, width: int, draws: int) -> np.ndarray:
+    rng = np.random.default_rng(5)
+    return np.array([ip.sample_crop(height, width, rng) for _ in range(draws)])
+
+
+@pytest.mark.parametrize('size', CROPS)
+def test_crops_have_the_official_distribution(size):
+    height, width = map(int, size.split('x'))
+    official = CROPS[size]
+    y, x, crop_height, crop_width = draw(height, width, 30_000).T
+    area = crop_height * crop_width / (height * width)
+    assert area.mean() == pytest.approx(official['mean_area'], abs=0.005)
+    drawn = {'area': area, 'aspect': crop_width / crop_height, 'offset_y': y, 'offset_x': x}
+    for name, values in drawn.items():
+        for probability, quantile in zip(official['quantiles'], official[name], strict=True):
+            # The share of draws up to the official quantile: 4.5 standard errors of both samples.
+            tolerance = 4.5 * math.sqrt(2 * probability * (1 - probability) / official['n'])
+            below, up_to = (values < quantile - 5e-5).mean(), (values <= quantile + 5e-5).mean()
+            assert below - tolerance <= probability <= up_to + tolerance, (name, probability)
+
+
+@pytest.mark.parametrize(('height', 'width'), [(375, 500), (500, 333), (64, 48)])
+def test_heights_fit_the_definition(height, width):
+    """Goodness of fit over 20,000 draws: given the aspect, the height is uniform where valid."""
+    draws, (low_aspect, high_aspect) = 20_000, ip.CROP_ASPECT
+    area = height * width
+    expected = np.zeros(height + 1)
+    # The definition, integrated over a fine grid of aspects instead of drawn.
+    for aspect in np.linspace(low_aspect, high_aspect, 20_001):
+        heights = np.arange(1, height + 1)
+        widths = np.rint(heights * aspect)
+        top = min(int(np.rint(np.sqrt(area / aspect))), heights[widths <= width].max())
+        bottom = min(int(np.rint(np.sqrt(0.05 * area / aspect))), top)
+        chosen = (heights >= bottom) & (heights <= top)
+        accepted = chosen & (heights * widths >= ip.CROP_MIN_COVERED * area)
+        expected[1:][accepted] += 1 / chosen.sum()
+    expected *= draws / expected.sum()
+    observed = np.bincount(draw(height, width, draws)[:, 2], minlength=height + 1)
+    # Neighbouring heights are pooled into cells of at least 50 expected draws.
+    cells = np.floor(np.cumsum(expected) / 50).astype(int)
+    pooled = [np.bincount(cells, v) for v in (observed, expected)]
+    chi_squared = ((pooled[0] - pooled[1]) ** 2 / pooled[1].clip(1e-9)).sum()
+    degrees = len(pooled[0]) - 1
+    assert chi_squared < degrees + 4.5 * math.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize(('height', 'width'), [(1, 1), (1, 50), (50, 1), (2, 3), (4000, 10)])
+def test_crops_of_odd_sizes_lie_in_the_image(height, width):
+    y, x, crop_height, crop_width = draw(height, width, 200).T
+    assert (crop_height >= 1).all()
+    assert (crop_width >= 1).all()
+    assert (y >= 0).all() and (y + crop_height <= height).all()  # noqa: PT018
+    assert (x >= 0).all() and (x + crop_width <= width).all()  # noqa: PT018
+
+
+def test_offsets_exclude_the_upper_end():
+    y, x, crop_height, crop_width = draw(375, 500, 20_000).T
+    assert ((y < 375 - crop_height) | (crop_height == 375)).all()
+    assert ((x < 500 - crop_width) | (crop_width == 500)).all()
+
+
+def test_padding_and_cropping_shifts_and_flips_uniformly():
+    image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3) + 1
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
+    windows = [padded[y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
+    possible = [w.tobytes() for w in windows] + [w[:, ::-1].tobytes() for w in windows]
+    rng = np.random.default_rng(0)
+    draws = 3600
+    counts = np.zeros(18)
+    for _ in range(draws):
+        drawn = ip.pad_and_random_crop(image, rng, padding=1, flip=True)
+        counts[possible.index(drawn.tobytes())] += 1
+    assert np.abs(counts - draws / 18).max() < 4.5 * math.sqrt(draws / 18)
+    for _ in range(50):
+        drawn = ip.pad_and_random_crop(image, rng, padding=1, flip=False)
+        assert possible.index(drawn.tobytes()) < 9
