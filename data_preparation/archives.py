@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -41,7 +42,7 @@ def download(url: str, path: Path, size: int, user: str = '', password: str = ''
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
     fruitless = 0
-    with _progress(size, f'downloading {path.name}') as bar:
+    with progress(f'downloading {path.name}', size, 'B') as bar:
         while (have := part.stat().st_size) < size:
             try:
                 _fetch_rest(url, part, bar, user, password)
@@ -108,7 +109,7 @@ def check(path: Path, archive: Archive, memory: Path) -> None:
     if found_good.get(str(path)) == state:
         return
     digest = hashlib.sha256()
-    with path.open('rb') as file, _progress(archive.size, f'checking {path.name}') as bar:
+    with path.open('rb') as file, progress(f'checking {path.name}', archive.size, 'B') as bar:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             bar.update(len(chunk))
@@ -120,5 +121,22 @@ def check(path: Path, archive: Archive, memory: Path) -> None:
     memory.write_text(json.dumps(found_good | {str(path): state}))
 
 
-def _progress(total_bytes: int, text: str) -> tqdm:
-    return tqdm(total=total_bytes, desc=text, unit='B', unit_scale=True)
+def progress(text: str, total: int, unit: str, done: int = 0) -> tqdm:
+    """A bar with the time left on a terminal, and a line now and then in a file.
+
+    Args:
+        text: what is being done.
+        total: how many `unit`s there are.
+        unit: 'B' for bytes, which are scaled, or the name of another thing.
+        done: how many were done before and took no time.
+    """
+    interval = 0.2 if sys.stderr.isatty() else 60
+    return tqdm(
+        desc=text,
+        total=total,
+        initial=done,
+        unit=unit,
+        unit_scale=unit == 'B',
+        mininterval=interval,
+        maxinterval=2 * interval,
+    )

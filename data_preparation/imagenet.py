@@ -27,7 +27,7 @@ from tensorflow_datasets.core import example_serializer
 from tqdm import tqdm
 
 from data_preparation import manifest
-from data_preparation.archives import check
+from data_preparation.archives import check, progress
 from data_preparation.imagenet_archives import NAME, VERSION, Source, features, index, repair
 from image_preprocessing import decode
 
@@ -109,7 +109,7 @@ def _write_split(
     stop = threading.Event()
     with (
         archive.open('rb') as file,
-        tqdm(desc=f'writing {split}', total=total, initial=done, unit=' images') as bar,
+        progress(f'writing {split}', total, ' images', done) as bar,
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
         write = functools.partial(_write_shard, archive, file.fileno(), stop=stop, bar=bar)

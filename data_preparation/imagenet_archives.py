@@ -20,9 +20,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
-from tqdm import tqdm
 
-from data_preparation.archives import Archive, download
+from data_preparation.archives import Archive, download, progress
 from image_preprocessing import decode
 
 NAME, VERSION = 'imagenet2012', '5.1.0'
@@ -126,8 +125,9 @@ def index(split: str, path: Path, source: Source, work: Path) -> list[np.ndarray
         to_index = features()['label'].str2int
         entries = []
         try:
-            members = tqdm(_members(split, path), f'indexing {path.name}', source.examples)
-            for name, inner_tar, offset, size in members:
+            bar = progress(f'indexing {path.name}', source.examples, ' images')
+            for name, inner_tar, offset, size in _members(split, path):
+                bar.update()
                 name = Path(name).name
                 entries.append(
                     (offset, size, to_index(_class_of(split, name, inner_tar)), name.encode())
@@ -153,7 +153,7 @@ def index(split: str, path: Path, source: Source, work: Path) -> list[np.ndarray
 def repair(name: str, encoded: bytes) -> bytes:
     """Re-encodes the 22 CMYK files and the PNG among the training images; the rest stays as it is.
 
-    As TFDS does it with TensorFlow, to the byte: 8-bit RGB, JPEG quality 100, halved chroma, 300 dpi.
+    As TFDS does it with TensorFlow, to the byte: RGB, JPEG quality 100, halved chroma, 300 dpi.
     """
     if name in imagenet2012_dataset_builder.CMYK_IMAGES:
         # Adobe's CMYK is stored inverted, so that the product with black is the colour.

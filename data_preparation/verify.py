@@ -21,6 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
 from data_preparation import manifest
+from data_preparation.archives import progress
 from data_preparation.manifest import Record, Summary
 from image_preprocessing import decode
 
@@ -108,7 +109,7 @@ def _read_all(
             shards.append(Shard(split, Path(path)))
             lengths.append(length)
     with (
-        tqdm(desc='verifying', total=sum(lengths), unit=' records') as bar,
+        progress('verifying', sum(lengths), ' records') as bar,
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
         reads = [
@@ -176,10 +177,8 @@ def _duplicates(shards: list[Shard]) -> list[str]:
         for name, count in counts.items():
             if count > 1:
                 text = name.decode() if len(name) < 32 else name.hex()[:16]
-                places = [
-                    f'{s.names.count(name)}× in {s.path.name}' for s in members if name in s.names
-                ]
-                faults.append(f'{split} has {text} {count} times: {", ".join(places)}')
+                places = ', '.join(s.path.name for s in members if name in s.names)
+                faults.append(f'{split} has {text} {count} times, in {places}')
     return faults
 
 

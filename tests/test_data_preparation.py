@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preparation and verification on small data: what is right is found right, faults are named."""
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from data_preparation import archives, cifar10, digits, imagenet, imagenet_archives, manifest
+from data_preparation.verify import verify
+from image_preprocessing import decode
+from tests.ilsvrc_archives import (
+    CMYK_NAME,
+    PNG_NAME,
+    cmyk_jpeg,
+    png,
+    synthetic_jpeg,
+    write_archives,
+)
+
+CLASSES = ('n01440764', 'n01443537', 'n02123045')
+
+
+@pytest.fixture
+def sources(tmp_path) -> dict[str, imagenet_archives.Source]:
+    """Archives of 32 training and 6 validation images in `tmp_path`/archives."""
+    train = {
+        f'{c}_{i}.JPEG': synthetic_jpeg(10 * i + k)
+        for i in range(10)
+        for k, c in enumerate(CLASSES)
+    }
+    train |= {CMYK_NAME: cmyk_jpeg(), PNG_NAME: png()}
+    validation = {f'ILSVRC2012_val_{i:08d}.JPEG': synthetic_jpeg(100 + i) for i in range(1, 7)}
+    path = write_archives(tmp_path / 'archives', train, validation, shards=4)
+    return imagenet_archives.read_sources(path)
+
+
+def prepare(tmp_path: Path, sources) -> Path:
+    return imagenet.prepare(tmp_path / 'data', tmp_path / 'archives', sources, workers=2)
+
+
+def check(tmp_path: Path, full: bool = False) -> str:
+    """Verifies what `prepare` wrote; the published manifest is of the real ImageNet."""
+    local = tmp_path / 'expected.json'
+    if not local.exists():
+        written = tmp_path / 'data/imagenet2012/5.1.0/manifest.json'
+        local.write_text(written.read_text())
+    return verify('imagenet2012', tmp_path / 'data', full=full, manifest_file=local, workers=2)
+
+
+def contents(directory: Path, split: str) -> list[manifest.Record]:
+    paths = sorted(directory.glob(f'*-{split}.array_record-*'))
+    return [manifest.Record.parse(r) for p in paths for r in ArrayRecordReader(str(p)).read_all()]
+
+
+def edit_shard(path: Path, edit) -> None:
+    """Writes the records of a shard anew, as `edit(list of serialized records)` returns them."""
+    records = edit(ArrayRecordReader(str(path)).read_all())
+    writer = ArrayRecordWriter(str(path), 'group_size:1')
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def replace_image(serialized: bytes, change) -> bytes:
+    example = manifest.tf_example_pb2.Example.FromString(serialized)
+    values = example.features.feature['image'].bytes_list.value
+    values[0] = change(values[0])
+    return example.SerializeToString()
+
+
+# Digits and CIFAR-10.
+
+
+def test_digits_are_all_there_split_evenly_and_as_published(tmp_path):
+    directory = digits.prepare(tmp_path)
+    source = tfds.builder_from_directory(directory).as_data_source()
+    assert {split: len(examples) for split, examples in source.items()} == {
+        'train': 1437,
+        'test': 360,
+    }
+    assert np.bincount([e['label'] for e in source['test']]).tolist() == [36] * 10
+    ids = [e['id'] for examples in source.values() for e in examples]
+    assert sorted(map(int, ids)) == list(range(1797))
+    images = np.stack([e['image'] for e in source['train']])
+    assert images.shape == (1437, 8, 8, 1)
+    assert (images.min(), images.max()) == (0, 255)
+    assert 'digits-1.0.0-png.json' in verify(
+        'digits', tmp_path, full=True, manifest_file=None, workers=1
+    )
+
+
+def test_preparing_again_changes_nothing(tmp_path):
+    directory = digits.prepare(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in directory.iterdir()}
+    assert digits.prepare(tmp_path) == directory
+    assert {p: p.stat().st_mtime_ns for p in directory.iterdir()} == before
+
+
+def test_half_written_digits_are_not_taken_for_whole(tmp_path, monkeypatch):
+    def interrupted(self, split):
+        yield 0, {'id': '0', 'image': digits.encode_png(np.zeros((8, 8))), 'label': 0}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digits.Digits, '_generate_examples', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            digits.prepare(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r'scripts/download_dataset.sh digits'):
+        verify('digits', tmp_path, full=False, manifest_file=None, workers=1)
+    digits.prepare(tmp_path)
+    verify('digits', tmp_path, full=False, manifest_file=None, workers=1)
+
+
+def binary_cifar(folder: Path) -> Path:
+    """An archive of the authors' structure with 2 training files and 1 of tests, 4 images each."""
+    path = folder / 'cifar-10-binary.tar.gz'
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, 'w:gz') as tar:
+        for name in ('data_batch_2', 'data_batch_1', 'test_batch'):
+            records = rng.integers(0, 256, (4, cifar10.RECORD_BYTES), np.uint8)
+            records[:, 0] = rng.integers(0, 10, 4)
+            info = tarfile.TarInfo(f'cifar-10-batches-bin/{name}.bin')
+            info.size = records.size
+            tar.addfile(info, io.BytesIO(records.tobytes()))
+    return path
+
+
+def test_the_binary_cifar_archive_becomes_tfds_examples(tmp_path):
+    path = binary_cifar(tmp_path)
+    with tarfile.open(path) as tar:
+        file = tar.extractfile('cifar-10-batches-bin/data_batch_1.bin')
+        stored = np.frombuffer(file.read(), np.uint8).reshape(4, -1)
+    splits = cifar10.read_binary(path)
+    assert [len(splits[s]) for s in ('train', 'test')] == [8, 4]
+    for record, (key, name, label, image) in zip(stored, splits['train'], strict=False):
+        assert name == f'train_{key:05d}'
+        assert label == cifar10.LABELS[record[0]]
+        planes = record[1:].reshape(3, 32, 32)
+        np.testing.assert_array_equal(decode(image), np.moveaxis(planes, 0, -1))
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_cifar_from_jpegs_keeps_their_bytes(tmp_path, packed):
+    folder, tar_path = tmp_path / 'cifar', tmp_path / 'cifar.tar.xz'
+    for i, split in enumerate(('train', 'test')):
+        for k, label in enumerate(cifar10.LABELS):
+            path = folder / split / label / '0000.jpg'
+            path.parent.mkdir(parents=True)
+            path.write_bytes(synthetic_jpeg(10 * i + k, 32, 32))
+    with tarfile.open(tar_path, 'w:xz') as tar:
+        tar.add(folder, '.')
+    directory = cifar10.prepare(tmp_path / 'data', tar_path if packed else folder)
+    records = contents(directory, 'train')
+    found = {r.name.decode(): (r.label, r.image) for r in records}
+    for label, name in enumerate(cifar10.LABELS):
+        image = (folder / 'train' / name / '0000.jpg').read_bytes()
+        assert found[f'train/{name}/0000'] == (label, image)
+
+
+def test_cifar_from_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        cifar10.prepare(tmp_path / 'data', tmp_path)
+
+
+@pytest.mark.slow
+def test_the_jpegs_of_cifar_are_the_published_ones(tmp_path, cifar10_jpeg):
+    cifar10.prepare(tmp_path, cifar10_jpeg)
+    said = verify('cifar10', tmp_path, full=False, manifest_file=None, workers=2)
+    assert 'cifar10-3.0.2-jpeg.json' in said
+
+
+# ImageNet.
+
+
+def test_official_facts():
+    assert {s: (f.archive.size, f.examples) for s, f in imagenet_archives.OFFICIAL.items()} == {
+        'train': (147_897_477_120, 1_281_167),
+        'validation': (6_744_924_160, 50_000),
+    }
+
+
+def test_prepared_imagenet_is_what_was_in_the_archives(tmp_path, sources):
+    directory = prepare(tmp_path, sources)
+    names = tfds.builder_from_directory(directory).info.features['label'].names
+    train = {r.name.decode(): r for r in contents(directory, 'train')}
+    assert len(train) == 32
+    for i in range(10):
+        for k, synset in enumerate(CLASSES):
+            record = train[f'{synset}_{i}.JPEG']
+            assert names[record.label] == synset
+            assert record.image == synthetic_jpeg(10 * i + k)
+    for name in (CMYK_NAME, PNG_NAME):
+        assert train[name].image[:2] == b'\xff\xd8'
+        assert decode(train[name].image).shape == (40, 48, 3)
+    # The published labels of the first validation images.
+    validation = {r.name.decode(): names[r.label] for r in contents(directory, 'validation')}
+    for number, synset in ((1, 'n01751748'), (2, 'n09193705'), (3, 'n02105855')):
+        assert validation[f'ILSVRC2012_val_{number:08d}.JPEG'] == synset
+    assert tfds.data_source('imagenet2012', data_dir=tmp_path / 'data', split='train')[0]
+    check(tmp_path, full=True)
+
+
+def test_neither_workers_nor_shards_change_content_or_order(tmp_path, sources):
+    first = prepare(tmp_path, sources)
+    other = {
+        split: imagenet_archives.Source(s.archive, s.examples, 1) for split, s in sources.items()
+    }
+    second = imagenet.prepare(tmp_path / 'other', tmp_path / 'archives', other, workers=1)
+    assert len(list(first.glob('*-train.*'))) == 4
+    assert len(list(second.glob('*-train.*'))) == 1
+    for split in sources:
+        assert contents(first, split) == contents(second, split)
+    digest = [
+        json.loads((d / 'manifest.json').read_text())['train']['digest'] for d in (first, second)
+    ]
+    assert digest[0] == digest[1]
+
+
+def test_an_interrupted_preparation_goes_on_where_it_stopped(tmp_path, sources, monkeypatch):
+    written, original = [], imagenet._write_shard
+
+    def stops_at_the_third(archive, descriptor, entries, path, *args, **kwargs):
+        if len(written) == 2:
+            path.with_name(path.name + '.part').write_bytes(b'half')
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return original(archive, descriptor, entries, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imagenet, '_write_shard', stops_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            imagenet.prepare(tmp_path / 'data', tmp_path / 'archives', sources, workers=1)
+    assert not (tmp_path / 'data/imagenet2012/5.1.0').exists()
+    work = tmp_path / 'data/imagenet2012/incomplete.5.1.0'
+    kept = {name: (work / name).stat().st_mtime_ns for name in written}
+    directory = prepare(tmp_path, sources)
+    assert {name: (directory / name).stat().st_mtime_ns for name in written} == kept
+    assert {p.name for p in directory.iterdir() if 'array_record' not in p.name} == {
+        'dataset_info.json', 'features.json', 'label.labels.txt', 'manifest.json',
+    }  # fmt: skip
+    check(tmp_path, full=True)
+
+
+def corrupt(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_missing_archive_is_named(tmp_path, sources):
+    (tmp_path / 'archives/ILSVRC2012_img_val.tar').unlink()
+    with pytest.raises(FileNotFoundError, match=r'ILSVRC2012_img_val.tar is missing'):
+        prepare(tmp_path, sources)
+
+
+def test_a_damaged_archive_is_named(tmp_path, sources):
+    corrupt(tmp_path / 'archives/ILSVRC2012_img_train.tar', 5000)
+    with pytest.raises(ValueError, match=r'img_train.tar is damaged: its SHA-256'):
+        prepare(tmp_path, sources)
+
+
+def test_a_truncated_archive_is_named(tmp_path, sources):
+    path = tmp_path / 'archives/ILSVRC2012_img_train.tar'
+    os.truncate(path, path.stat().st_size - 512)
+    with pytest.raises(ValueError, match=r'img_train.tar is truncated'):
+        prepare(tmp_path, sources)
+
+
+def test_a_broken_image_in_an_archive_is_named_and_the_finished_part_kept(tmp_path):
+    train = {f'{CLASSES[0]}_{i}.JPEG': synthetic_jpeg(i) for i in range(12)}
+    broken = f'{CLASSES[0]}_7.JPEG'
+    train[broken] = train[broken][:700]
+    validation = {
+        'ILSVRC2012_val_00000001.JPEG': synthetic_jpeg(1),
+        'ILSVRC2012_val_00000002.JPEG': png(),
+    }
+    facts = imagenet_archives.read_sources(
+        write_archives(tmp_path / 'archives', train, validation, 6)
+    )
+    with pytest.raises(
+        ValueError, match=rf'{broken} in .*ILSVRC2012_img_train.tar is damaged.*kept'
+    ):
+        imagenet.prepare(tmp_path / 'data', tmp_path / 'archives', facts, workers=1)
+    assert not (tmp_path / 'data/imagenet2012/5.1.0').exists()
+
+
+def test_an_unknown_class_is_refused(tmp_path):
+    train = {'n99999999_0.JPEG': synthetic_jpeg(0)}
+    validation = {f'ILSVRC2012_val_{i:08d}.JPEG': synthetic_jpeg(i) for i in (1, 2)}
+    facts = imagenet_archives.read_sources(
+        write_archives(tmp_path / 'archives', train, validation, 1)
+    )
+    with pytest.raises(ValueError, match=r'not the structure of ILSVRC2012.*n99999999'):
+        prepare(tmp_path, facts)
+
+
+def test_two_preparations_of_one_folder_exclude_each_other(tmp_path, sources):
+    work = tmp_path / 'data/imagenet2012/incomplete.5.1.0'
+    work.mkdir(parents=True)
+    with imagenet._only_one(work), pytest.raises(OSError, match=r'another preparation'):
+        prepare(tmp_path, sources)
+
+
+def small_disk(path: Path, megabytes: float) -> None:
+    path.mkdir()
+    options = f'size={int(megabytes * 2**20)}'
+    made = subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', path], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip('mounting a small disk takes root')
+
+
+@pytest.mark.parametrize('known_beforehand', [True, False])
+def test_a_full_disk_is_said_and_the_finished_part_kept(tmp_path, known_beforehand, monkeypatch):
+    train = {f'{CLASSES[0]}_{i}.JPEG': synthetic_jpeg(i, 400, 500) for i in range(60)}
+    validation = {f'ILSVRC2012_val_{i:08d}.JPEG': synthetic_jpeg(i) for i in (1, 2)}
+    facts = imagenet_archives.read_sources(
+        write_archives(tmp_path / 'archives', train, validation, 10)
+    )
+    needed = sum(map(len, train.values()))
+    small_disk(tmp_path / 'data', 0.6 * needed / 2**20)
+    try:
+        if not known_beforehand:
+            monkeypatch.setattr(imagenet, '_check_space', lambda *_: None)
+        with pytest.raises(OSError, match=r'disk|space') as caught:
+            prepare(tmp_path, facts)
+        assert not (tmp_path / 'data/imagenet2012/5.1.0').exists()
+        if known_beforehand:
+            assert 'GB free' in str(caught.value)
+            return
+        kept = len(list((tmp_path / 'data').glob('*/*/summaries/*.json')))
+        assert kept > 0
+        assert f'{kept} of 10 shards of train are complete' in str(caught.value)
+        subprocess.run(['mount', '-o', 'remount,size=100m', tmp_path / 'data'], check=True)
+        prepare(tmp_path, facts)
+        check(tmp_path, full=True)
+    finally:
+        subprocess.run(['umount', tmp_path / 'data'], check=True)
+
+
+# Verification.
+
+
+@pytest.fixture
+def prepared(tmp_path, sources) -> Path:
+    directory = prepare(tmp_path, sources)
+    check(tmp_path)
+    return directory
+
+
+def shard(directory: Path, number: int = 1) -> Path:
+    return directory / f'imagenet2012-train.array_record-{number:05d}-of-00004'
+
+
+def test_a_flipped_bit_is_found_and_its_record_named(tmp_path, prepared):
+    records = ArrayRecordReader(str(shard(prepared))).read_all()
+    image = manifest.Record.parse(records[3]).image
+    corrupt(shard(prepared), shard(prepared).read_bytes().find(image[-100:]) + 50)
+    with pytest.raises(
+        ValueError, match=r'record 3 of imagenet2012-train.array_record-00001-of-00004'
+    ):
+        check(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path, prepared):
+    shard(prepared).unlink()
+    with pytest.raises(ValueError, match=r'array_record-00001-of-00004 is missing'):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize('size', [0, 1000, -1])
+def test_a_truncated_shard_is_named(tmp_path, prepared, size):
+    os.truncate(shard(prepared), size if size >= 0 else shard(prepared).stat().st_size - 1)
+    with pytest.raises(ValueError, match=r'array_record-00001-of-00004 is truncated'):
+        check(tmp_path)
+
+
+def test_a_duplicate_is_named_though_the_count_is_right(tmp_path, prepared):
+    name = manifest.Record.parse(
+        ArrayRecordReader(str(shard(prepared))).read_all()[0]
+    ).name.decode()
+    edit_shard(shard(prepared), lambda records: [records[0], *records[:-1]])
+    with pytest.raises(ValueError, match=rf'train has {name} 2 times, in .*00001-of-00004'):
+        check(tmp_path)
+
+
+def test_a_shard_of_another_preparation_is_named(tmp_path, prepared):
+    stray = prepared / 'imagenet2012-train.array_record-00000-of-00009'
+    stray.write_bytes(shard(prepared).read_bytes())
+    with pytest.raises(
+        ValueError, match=r'00000-of-00009 is a shard that the metadata does not have'
+    ):
+        check(tmp_path)
+
+
+def test_another_image_under_the_same_name_is_found_by_its_shard(tmp_path, prepared):
+    def edit(records):
+        return [replace_image(records[0], lambda _: synthetic_jpeg(999)), *records[1:]]
+
+    edit_shard(shard(prepared), edit)
+    with pytest.raises(ValueError, match=r'00001-of-00004 has not the content it was written with'):
+        check(tmp_path)
+
+
+def test_a_broken_image_is_found_by_full_verification_alone(tmp_path, prepared):
+    """Where it went in before the manifest was written, so that the digest cannot tell."""
+    edit_shard(shard(prepared), lambda r: [replace_image(r[0], lambda image: image[:-200]), *r[1:]])
+    (prepared / 'manifest.json').unlink()
+    expected = {'label_names': tfds.builder_from_directory(prepared).info.features['label'].names}
+    expected |= {'train': {'examples': 32}, 'validation': {'examples': 6}}
+    (tmp_path / 'expected.json').write_text(json.dumps(expected))
+    with pytest.raises(ValueError, match=r'record 0 of imagenet2012-train.*truncated JPEG'):
+        check(tmp_path, full=True)
+    check(tmp_path, full=False)
+
+
+def test_a_label_file_of_another_dataset_is_found(tmp_path, prepared):
+    names = tfds.builder_from_directory(prepared).info.features['label'].names
+    (prepared / 'label.labels.txt').write_text('\n'.join(sorted(names, reverse=True)) + '\n')
+    with pytest.raises(ValueError, match=r'a label file of another dataset'):
+        check(tmp_path)
+    (prepared / 'label.labels.txt').write_text('cat\ndog\n')
+    with pytest.raises(ValueError, match=r'label'):
+        check(tmp_path)
+
+
+def test_real_imagenet_is_held_to_the_published_counts(tmp_path, prepared):
+    with pytest.raises(ValueError, match=r'train has examples 32, in .* it is 1281167'):
+        verify('imagenet2012', tmp_path / 'data', full=False, manifest_file=None, workers=1)
+
+
+# Downloads.
+
+
+class Server:
+    """Serves one file, and breaks the connection after each of `breaks` bytes, once."""
+
+    def __init__(self, content: bytes, breaks: list[int], ranges: bool = True):
+        requests = self.requests = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                requests.append((self.headers['Range'], self.headers['Authorization']))
+                first = int(self.headers['Range'].removeprefix('bytes=').rstrip('-'))
+                first = first if ranges else 0
+                self.send_response(206 if ranges else 200)
+                self.send_header('Content-Length', str(len(content) - first))
+                self.end_headers()
+                body = content[first:]
+                self.wfile.write(body[: breaks.pop(0)] if breaks else body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server.server_port}/folder'
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.parametrize('ranges', [True, False])
+def test_a_broken_connection_is_taken_up_again(tmp_path, ranges):
+    content = np.random.default_rng(0).bytes(3_000_000)
+    with Server(content, [1_000_000, 500_000], ranges) as server:
+        archives.download(f'{server.url}/file', tmp_path / 'file', len(content), 'me', 'secret')
+    assert (tmp_path / 'file').read_bytes() == content
+    starts = [0, 1_000_000, 1_500_000 if ranges else 500_000]
+    assert [wanted for wanted, _ in server.requests] == [f'bytes={start}-' for start in starts]
+    assert {a for _, a in server.requests} == {'Basic bWU6c2VjcmV0'}
+    assert list(tmp_path.iterdir()) == [tmp_path / 'file']
+
+
+def test_a_download_that_gets_nowhere_ends_and_keeps_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives.time, 'sleep', lambda _: None)
+    with (
+        Server(b'x' * 1000, [400] + [0] * 10) as server,
+        pytest.raises(ValueError, match=r'400 of 1,000 bytes are kept'),
+    ):
+        archives.download(f'{server.url}/file', tmp_path / 'file', 1000)
+    assert not (tmp_path / 'file').exists()
+
+
+def test_an_archive_found_good_is_not_read_again_until_it_changes(tmp_path):
+    path, memory = tmp_path / 'file', tmp_path / 'memory.json'
+    path.write_bytes(b'content')
+    archive = archives.Archive('file', 7, hashlib.sha256(b'content').hexdigest())
+    archives.check(path, archive, memory)
+    state = path.stat()
+    path.write_bytes(b'CONTENT')
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    archives.check(path, archive, memory)  # unread, so the change is not seen
+    path.touch()
+    with pytest.raises(ValueError, match=r'SHA-256'):
+        archives.check(path, archive, memory)
+
+
+# The command line.
+
+
+def test_errors_are_one_paragraph_and_exit_code_2(tmp_path):
+    command = [sys.executable, '-m', 'data_preparation', 'imagenet', f'--data_dir={tmp_path}']
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith('error: ')
+    assert 'ILSVRC2012_img_train.tar is missing' in ended.stderr
+    assert 'Traceback' not in ended.stderr
