@@ -99,7 +99,7 @@ def decode_and_random_crop(
         ValueError: as `decode`.
     """
     image = decode(encoded)
-    y, x, height, width = sample_crop(*image.shape[:2], rng)
+    y, x, height, width = sample_crop(image.shape[0], image.shape[1], rng)
     step = width / size
     first = 0.0
     if rng.random() < 0.5:
@@ -145,7 +145,8 @@ def pad_and_random_crop(
     Returns:
         uint8[H,W,3], which is `out` where that is given.
     """
-    padded = cv2.copyMakeBorder(image, *(4 * [padding]), cv2.BORDER_CONSTANT, value=0)
+    border = (padding, padding, padding, padding)
+    padded = cv2.copyMakeBorder(image, *border, cv2.BORDER_CONSTANT, value=0)
     y, x = (int(rng.random() * (2 * padding + 1)) for _ in range(2))
     crop = padded[y : y + image.shape[0], x : x + image.shape[1]]
     if flip and rng.random() < 0.5:

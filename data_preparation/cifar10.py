@@ -32,7 +32,7 @@ RECORD_BYTES = 1 + 3 * 32 * 32
 Examples = Iterable[tuple[int | str, str, str, bytes]]
 
 
-class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """The TFDS builder; it hands over encoded bytes, so TensorFlow is not needed."""
 
     name = 'cifar10'
@@ -105,7 +105,7 @@ def read_binary(archive: Path) -> dict[str, list]:
             if not member.name.endswith('.bin'):
                 continue
             split = 'test' if 'test' in PurePosixPath(member.name).name else 'train'
-            content = np.frombuffer(tar.extractfile(member).read(), np.uint8)
+            content = np.frombuffer(_content(tar, member), np.uint8)
             for record in content.reshape(-1, RECORD_BYTES):
                 number = len(splits[split])
                 rgb = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
@@ -140,6 +140,13 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(source) as tar:
             for member in tar:
                 if member.name.endswith('.jpg'):
-                    yield member.name, tar.extractfile(member).read()
+                    yield member.name, _content(tar, member)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f'{source} is damaged: {error}') from error
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise ValueError(f'{member.name} in {tar.name!s} is no file')
+    return file.read()

@@ -38,7 +38,7 @@ def encode_png(image: np.ndarray) -> bytes:
     return cv2.imencode('.png', pixels, [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
 
 
-class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """The TFDS builder; it hands over encoded bytes, so TensorFlow is not needed."""
 
     name = 'digits'

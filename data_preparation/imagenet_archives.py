@@ -107,13 +107,13 @@ def _members(split: str, path: Path) -> Iterator[tuple[str, str, int, int]]:
     """Yields (image's name, inner tar's name, offset in the archive, size) from the tar headers."""
     with tarfile.open(path, 'r:') as outer:
         for member in outer:
-            outer.members = []  # or the tar would keep a million of them
+            outer.members = []  # type: ignore[attr-defined]  # or it would keep a million
             if split != 'train':
                 yield member.name, '', member.offset_data, member.size
                 continue
             with tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
                 for image in inner:
-                    inner.members = []
+                    inner.members = []  # type: ignore[attr-defined]
                     offset = member.offset_data + image.offset_data
                     yield image.name, member.name, offset, image.size
 

@@ -100,7 +100,7 @@ def _read_all(
 ) -> tuple[list[Shard], list[str]]:
     """Reads every shard, several at a time; returns what was found, and faults of the metadata."""
     num_classes = info.features['label'].num_classes
-    faults = []
+    faults: list[str] = []
     if num_classes is None:
         return [], ['the metadata names no classes: label.labels.txt is missing or empty']
     shards, lengths = [], []
