@@ -51,7 +51,9 @@ def initialize(
     """
     given = [argument is not None for argument in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
-        raise StartError('--coordinator, --num_processes and --process_id belong together; give all')
+        raise StartError(
+            '--coordinator, --num_processes and --process_id belong together; give all'
+        )
     if not any(given) and not _in_cluster():
         return
     try:

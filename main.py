@@ -4,7 +4,8 @@
     main.py --config=configs/digits.py --workdir=runs/digits [--config.NAME=VALUE …]
 
 The same command goes on with a run that was interrupted. Exit status: 0 the target was reached,
-1 it was missed, 2 the run was refused before it began, 3 it failed, 75 it was interrupted and saved.
+1 it was missed, 2 the run was refused before it began, 3 it failed, 75 it was interrupted and
+saved.
 """
 
 import argparse
@@ -132,14 +133,11 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
         return complain(error, EXIT_REFUSED)
     except failed as error:
         return complain(error, EXIT_FAILED)
-    except Exception as error:
+    except Exception:
         traceback.print_exc()
-        if distributed.is_several():
-            error = RuntimeError(
-                'a process failed, or lost another; the first message of all of them says why. '
-                'The same command goes on from the last checkpoint'
-            )
-        return complain(error, EXIT_FAILED)
+        several = 'lost another process (see what the others say), or ' * distributed.is_several()
+        advice = 'the last checkpoint is good: the same command goes on from there'
+        return complain(RuntimeError(f'{several}failed as shown above; {advice}'), EXIT_FAILED)
     if distributed.is_lead():
         print(f'{flags.workdir}: {outcome.value}', flush=True)
     return {

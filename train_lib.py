@@ -157,8 +157,8 @@ def eval_step(variables: Any, batch: Any, stop: jax.Array, *, task: Any) -> tupl
 class Programs:
     """A run's compiled programs and where their arguments live.
 
-    `init(key_data)`, `train(state, batch, stop)` and `evaluate(variables, batch, stop)` take and give
-    arrays on the mesh: state and results replicated, batches split along their first axis.
+    `init(key_data)`, `train(state, batch, stop)` and `evaluate(variables, batch, stop)` take and
+    give arrays on the mesh: state and results replicated, batches split along their first axis.
     """
 
     mesh: Mesh
