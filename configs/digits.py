@@ -24,14 +24,14 @@ def get_config() -> ConfigDict:
     config.global_batch_size = 128
     config.bn_span = 16
     config.optimizer = 'lars'
-    config.learning_rate = 4.0
-    config.warmup_epochs = 2
-    config.decay_steps = 322
+    config.learning_rate = 8.0
+    config.warmup_epochs = 1
+    config.decay_steps = 212  # With the warm-up, 20 epochs.
     config.weight_decay = 0.0002
     config.label_smoothing = 0.1
 
-    config.eval_every_epochs = 2
+    config.eval_every_epochs = 1
     config.eval_offset_epochs = 0
-    config.max_epochs = 30
-    config.target_top1 = 0.975
+    config.max_epochs = 20
+    config.target_top1 = 0.98
     return config

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes reference convergence points, in the official JSON form, from finished runs.
+
+    make_rcps.py DIR [DIR …] [--out=FILE] [--creator=NAME]
+
+Each DIR holds the work directories of one experiment (see run_seeds.py) and gives one point. Runs
+that differ in hyperparameters, code version or data, that share a seed, or that did not meet their
+target are refused. `python -m mlperf_logging.rcp_checker --custom_rcps FILE` reads the result; the
+mean, standard deviation and smallest passing mean in it are that checker's own.
+"""
+
+import argparse
+import datetime
+import io
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mlperf_logging.rcp_checker import rcp_checker
+
+import convergence
+import hyperparameters
+import mlperf_log
+from convergence import FinishedRun, RunError
+
+SMALLEST_SET = 2 * convergence.RUNS_PER_RESULT  # MLPerf training rules: twice a result's runs.
+
+
+def check(runs: Sequence[FinishedRun]) -> None:
+    """Checks that runs can make a reference convergence point.
+
+    Raises:
+      RunError: saying why they cannot.
+    """
+    folder = runs[0].directory.parent
+    convergence.refuse_mixture(runs)
+    missed = [run.directory.name for run in runs if not run.reached]
+    if missed:
+        raise RunError(
+            f'{len(missed)} of {len(runs)} runs in {folder} did not meet their target '
+            f'({", ".join(missed[:5])}): a recipe that is not stable makes no reference point'
+        )
+    if len(runs) < SMALLEST_SET:
+        raise RunError(
+            f'{folder} holds {len(runs)} runs; a reference point takes at least {SMALLEST_SET}: '
+            f'scripts/run_seeds.py --runs={SMALLEST_SET} --out={folder} makes the others'
+        )
+    commit = runs[0].environment['commit']
+    if commit == 'unknown' or commit.endswith('-dirty'):
+        raise RunError(
+            f'the code version of the runs in {folder} is {commit}: nobody could run it again. '
+            'Run from a clean git checkout'
+        )
+
+
+def point(runs: Sequence[FinishedRun], creator: str) -> dict[str, Any]:
+    """The reference convergence point of a set of runs that `check` has passed."""
+    first = runs[0]
+    logged = hyperparameters.logged(first.config)
+    names = {entry.log_key for entry in hyperparameters.TABLE if entry.group == 'run'}
+    names |= {'seed', 'global_batch_size'}
+    newest = max(run.events[-1]['time_ms'] for run in runs)
+    day = datetime.datetime.fromtimestamp(newest / 1000, datetime.UTC)
+    environment = first.environment
+    return {
+        'Benchmark': mlperf_log.BENCHMARK,
+        'Creator': creator,
+        'When': f'{day:%Y-%m-%d}',
+        'Platform': f'{first.config["platform"]}: {environment["devices"]} × '
+        f'{environment["device_kind"]}, JAX {environment["versions"]["jax"]}',
+        'BS': first.config['global_batch_size'],
+        'Hyperparams': {key: value for key, value in logged.items() if key not in names},
+        'Epochs to converge': [run.epochs for run in runs],
+        'Model': first.config['model'],
+        'Precision': first.config['dtype'],
+        'Target': first.config['target_top1'],
+        'Code version': environment['commit'],
+        'Data': environment['dataset'],
+    }
+
+
+def with_statistics(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Points with the official checker's statistics of them.
+
+    The mean leaves out the fastest and the slowest run; the standard deviation is of all; a result
+    whose own mean (of five runs, again without fastest and slowest) is below the smallest passing
+    mean is refused.
+    """
+    checker = rcp_checker.RCP_Checker(
+        'training',
+        convergence.RULESET,
+        mlperf_log.BENCHMARK,
+        False,
+        io.StringIO(json.dumps(points)),
+    )
+    statistics = {
+        name: {
+            'Mean': round(float(checker.rcp_data[name]['RCP Mean']), 4),
+            'Standard deviation': round(float(checker.rcp_data[name]['RCP Stdev']), 4),
+            'Smallest passing mean': round(float(checker.rcp_data[name]['Min Epochs']), 4),
+        }
+        for name in points
+    }
+    return {name: dict(points[name]) | statistics[name] for name in points}
+
+
+def main(arguments: list[str]) -> int:
+    """The program; its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('directories', nargs='+', type=Path, metavar='DIR')
+    parser.add_argument('--out', type=Path, help='default: rcps.json in the first DIR')
+    parser.add_argument('--creator', help="default: the runs' organisation")
+    flags = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    points: dict[str, dict[str, Any]] = {}
+    try:
+        for directory in flags.directories:
+            runs = convergence.read_runs(directory)
+            check(runs)
+            record = point(runs, flags.creator or runs[0].config['org'])
+            name = f'{mlperf_log.BENCHMARK}_ref_{record["BS"]}'
+            if name in points:
+                raise RunError(
+                    f'{directory} is a second experiment with a batch of {record["BS"]}; the '
+                    'official form has one point for each'
+                )
+            points[name] = record
+        points = with_statistics(points)
+        out = flags.out or flags.directories[0] / 'rcps.json'
+        out.write_text(json.dumps(points, indent=2, ensure_ascii=False) + '\n')
+    except (ValueError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    for name, record in points.items():
+        print(
+            f'{name}: {len(record["Epochs to converge"])} runs, mean {record["Mean"]:.2f} epochs, '
+            f'standard deviation {record["Standard deviation"]:.2f}, smallest passing mean '
+            f'{record["Smallest passing mean"]:.2f}'
+        )
+    print(f'written to {out}; python -m mlperf_logging.rcp_checker --custom_rcps {out} uses it')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine is, in the form that MLPerf submissions describe systems.
+
+Read from Linux and the NVIDIA driver; what no command tells (cooling, networks) is left as an
+empty text for the submitter to fill.
+"""
+
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convergence import RunError
+
+# submission_status of the log -> the status of system descriptions from round 4.0 on.
+STATUS = {
+    'cloud': 'Available cloud',
+    'onprem': 'Available on-premise',
+    'preview': 'Preview',
+    'research': 'Research, Development, or Internal (RDI)',
+}
+_GPU_QUERY = 'name,memory.total,clocks.max.sm,pcie.link.gen.max,driver_version'
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ''
+
+
+def _field(text: str, name: str) -> str:
+    match = re.search(rf'^{name}\s*:\s*(.*)$', text, re.MULTILINE)
+    return match.group(1).strip() if match else ''
+
+
+def processors(cpuinfo: str) -> dict[str, str]:
+    """Sockets, cores and name from the text of /proc/cpuinfo."""
+    blocks = [block for block in cpuinfo.split('\n\n') if block.strip()]
+    sockets = {_field(block, 'physical id') for block in blocks}
+    cores = {(_field(block, 'physical id'), _field(block, 'core id')) for block in blocks}
+    frequency = _field(cpuinfo, 'cpu MHz')
+    return {
+        'host_processors_per_node': str(len(sockets)),
+        'host_processor_model_name': _field(cpuinfo, 'model name'),
+        'host_processor_core_count': str(len(cores) // len(sockets)),
+        'host_processor_vcpu_count': str(len(blocks)),
+        'host_processor_frequency': f'{frequency} MHz' if frequency else '',
+    }
+
+
+def caches() -> str:
+    """Sizes of the first core's caches, such as 'L1d 32K, L1i 32K, L2 1024K'."""
+    found = []
+    for index in sorted(Path('/sys/devices/system/cpu/cpu0/cache').glob('index*')):
+        kind = {'Data': 'd', 'Instruction': 'i'}.get(_read(f'{index}/type'), '')
+        found.append(f'L{_read(f"{index}/level")}{kind} {_read(f"{index}/size")}')
+    return ', '.join(found)
+
+
+def memory(meminfo: str) -> str:
+    """Capacity from the text of /proc/meminfo."""
+    kibibytes = _field(meminfo, 'MemTotal').split()
+    return f'{int(kibibytes[0]) / 2**20:.0f} GiB' if kibibytes else ''
+
+
+def storage() -> dict[str, str]:
+    """Kind and size of what holds the file system's root."""
+    rotating = {_read(str(path)) for path in Path('/sys/block').glob('*/queue/rotational')}
+    kind = 'hard disk' if '1' in rotating else 'solid state' if rotating else ''
+    return {
+        'host_storage_type': kind,
+        'host_storage_capacity': f'{shutil.disk_usage("/").total / 2**30:.0f} GiB',
+    }
+
+
+def gpus() -> list[dict[str, str]]:
+    """The GPUs that the NVIDIA driver sees, one mapping for each; none without a driver."""
+    command = ['nvidia-smi', f'--query-gpu={_GPU_QUERY}', '--format=csv,noheader']
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    names = _GPU_QUERY.split(',')
+    return [
+        dict(zip(names, (value.strip() for value in line.split(',')), strict=True))
+        for line in lines.strip().splitlines()
+    ]
+
+
+def _operating_system() -> str:
+    release = _read('/etc/os-release')
+    match = re.search(r'^PRETTY_NAME="?(.*?)"?$', release, re.MULTILINE)
+    return f'{match.group(1) if match else platform.system()}, Linux {platform.release()}'
+
+
+def describe(config: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, str]:
+    """The system description of a run that was made on this machine.
+
+    Args:
+      config: the run's.
+      environment: the run's environment.json.
+
+    Raises:
+      RunError: when the run was made on another machine.
+    """
+    on_cpu = environment['device_kind'] == 'cpu'
+    found = [] if on_cpu else gpus()
+    kinds = {gpu['name'] for gpu in found}
+    if environment['system'] != platform.platform() or (
+        not on_cpu and environment['device_kind'] not in kinds
+    ):
+        raise RunError(
+            f'the runs were made on another machine ({environment["system"]}, '
+            f'{environment["device_kind"]}); package there, or give --system_description=FILE'
+        )
+    gpu = found[0] if found else dict.fromkeys(_GPU_QUERY.split(','), '')
+    processes = environment['processes']
+    nodes = max(1, processes // max(1, len(found))) if found else 1
+    versions = environment['versions']
+    software = [f'{name} {version}' for name, version in versions.items() if name != 'jax']
+    link = gpu['pcie.link.gen.max']
+    return {
+        'submitter': config['org'],
+        'division': config['division'],
+        'status': STATUS[config['status']],
+        'system_name': config['platform'],
+        'number_of_nodes': str(nodes),
+        **processors(_read('/proc/cpuinfo')),
+        'host_processor_caches': caches(),
+        'host_processor_interconnect': '',
+        'host_memory_capacity': memory(_read('/proc/meminfo')),
+        'host_memory_configuration': '',
+        **storage(),
+        'host_networking': '',
+        'host_networking_topology': '',
+        'accelerators_per_node': str(len(found)),
+        'accelerator_model_name': gpu['name'] or 'N/A',
+        'accelerator_host_interconnect': f'PCIe Gen{link}' if link else '',
+        'accelerator_frequency': gpu['clocks.max.sm'],
+        'accelerator_on-chip_memories': '',
+        'accelerator_memory_configuration': '',
+        'accelerator_memory_capacity': gpu['memory.total'],
+        'accelerator_interconnect': '',
+        'accelerator_interconnect_topology': '',
+        'cooling': '',
+        'hw_notes': '',
+        'framework': f'JAX {versions["jax"]}',
+        'other_software_stack': ', '.join([f'Python {environment["python"]}', *software])
+        + (f', NVIDIA driver {gpu["driver_version"]}' if found else ''),
+        'operating_system': _operating_system(),
+        'sw_notes': '',
+    }
