@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The locks hold what they should, for a V100 too; set-up installs them once and mends what broke."""
+"""The locks hold what they should, for a V100 too; set-up installs them and mends what broke."""
 
 import os
 import re
@@ -157,14 +157,14 @@ def test_set_up_refuses_what_is_no_environment(small_repository):
 def test_set_up_names_the_python_it_needs(small_repository, tmp_path):
     programs = tmp_path / 'bin'
     programs.mkdir()
-    for name, version in [('python3.11', 'none'), ('python', 'none'), ('python3', '3.12.1')]:
+    for name, answer in [('python3.11', 'none'), ('python', 'none'), ('python3', '3.12.1')]:
         program = programs / name
         # Answers as Python does to the questions that the script asks.
         program.write_text(f"""#!/bin/sh
-case "{version}:$*" in
+case "{answer}:$*" in
     none:*) exit 127 ;;
     *executable*) echo "$0" ;;
-    *-V) echo 'Python {version}' ;;
+    *-V) echo 'Python {answer}' ;;
     *) exit 1 ;;
 esac
 """)
