@@ -13,6 +13,7 @@ No byte of a data set is read before the first batch is asked for; `find_dataset
 
 import dataclasses
 import functools
+import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -62,7 +63,7 @@ class DataError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A prepared data set, by its metadata alone."""
+    """A prepared data set, by its metadata alone; `digest` is of its content, where known."""
 
     name: str
     directory: str
@@ -111,9 +112,17 @@ def find_dataset(name: str, data_dir: str) -> Dataset:
             f'the data set in {directory} is incomplete: {len(missing)} of {len(expected)} shards '
             f'are missing or empty, the first is {missing[0] if missing else "unknown"}{advice}'
         )
-    return Dataset(
-        name, str(directory), train.num_examples, evaluation.num_examples, num_classes, None
-    )
+    counts = (train.num_examples, evaluation.num_examples, num_classes)
+    return Dataset(name, str(directory), *counts, _digest(directory, EVAL_SPLIT[name]))
+
+
+def _digest(directory: Path, eval_split: str) -> str | None:
+    """The digest that was recorded beside the data when it was last verified; None before."""
+    try:
+        recorded = json.loads((directory / 'manifest.json').read_text())
+        return '-'.join(recorded[split]['digest'][:16] for split in ('train', eval_split))
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 class Records:

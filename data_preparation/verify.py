@@ -72,9 +72,11 @@ def verify(
         lines = '\n  '.join(faults[:NAMED_FAULTS] + more)
         raise ValueError(f'{directory} has {len(faults)} faults:\n  {lines}\n{ADVICE}')
     verdict = f'as in {" and ".join(map(str, compared))}'
-    if not any('digest' in split for path in compared for split in _splits(path).values()):
-        path = manifest.write(directory, found, info.features['label'].names)
-        verdict = f'no digest is published for this data, so theirs are now in {path}'
+    digested = any('digest' in split for path in compared for split in _splits(path).values())
+    if not digested or not written.exists():  # Runs record the digest that is beside the data.
+        manifest.write(directory, found, info.features['label'].names)
+    if not digested:
+        verdict = f'no digest is published for this data, so theirs are now in {written}'
     counts = ', '.join(f'{info.splits[split].num_examples:,} {split}' for split in found)
     return f'verified: {directory}: {counts} examples, {verdict}'
 
