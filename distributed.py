@@ -3,6 +3,8 @@
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from jax.sharding import Mesh
 from input_pipeline import Share
 from train_lib import Programs
 
+EXIT_REFUSED = 2  # As in main.py.
 HEARTBEAT_TIMEOUT_SECONDS = 30  # A peer that is silent for so long ends the others.
 
 
@@ -47,7 +50,8 @@ def initialize(
       timeout: seconds after which a process that has not appeared ends the start.
 
     Raises:
-      StartError: when a process does not appear in time, or an argument is missing.
+      StartError: when they cannot join, or an argument is missing. When one does not appear in time
+        this process prints an error and ends with status 2.
     """
     given = [argument is not None for argument in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
@@ -56,20 +60,34 @@ def initialize(
         )
     if not any(given) and not _in_cluster():
         return
+    # Past its own limit JAX aborts the process with a C++ stack trace; a clear end comes first.
+    overdue = threading.Timer(timeout, _give_up, [timeout, coordinator])
+    overdue.daemon = True
+    overdue.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
-            initialization_timeout=timeout,
+            initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
         )
     except (RuntimeError, ValueError, TypeError) as error:
-        raise StartError(
-            f'the processes did not find each other within --start_timeout={timeout} seconds '
-            f'({str(error).splitlines()[0]}); check that all were started and can reach the '
-            f'coordinator {coordinator or "that the cluster named"}'
-        ) from error
+        raise StartError(f'the processes could not join: {error}') from error
+    finally:
+        overdue.cancel()
+
+
+def _give_up(timeout: int, coordinator: str | None) -> None:
+    """Ends this process, whose main thread waits for the others inside JAX."""
+    where = coordinator or 'that the cluster named'
+    print(
+        f'error: not all processes have joined within --start_timeout={timeout} seconds; check '
+        f'that all were started, and can reach the coordinator {where}',
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_REFUSED)
 
 
 def is_several() -> bool:
