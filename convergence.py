@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finished runs, read from their work directories, and what the official checkers say of them.
+"""Finished runs, read from their work directories.
 
 In: folders as `main.py` leaves them (see `work_directory`). Out: `FinishedRun`s, whose logs are
-known to be whole, of one run, and of this benchmark; and the checkers' verdicts in words.
+known to be whole, of one run, and of this benchmark; and what sets runs apart from each other.
 """
 
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,7 @@ from mlperf_logging.mllog import constants
 import hyperparameters
 import mlperf_log
 
-RULESET = '4.0.0'
-RUNS_PER_RESULT = 5  # MLPerf training rules: ResNet's results are of five runs.
+DAMAGED = '.damaged-'  # In the name of work directories that were set aside.
 _ONCE = (constants.INIT_STOP, constants.RUN_START, constants.RUN_STOP, constants.SEED)
 
 
@@ -154,19 +150,40 @@ def read_run(directory: Path) -> FinishedRun:
     )
 
 
-def read_runs(directory: Path) -> list[FinishedRun]:
-    """All runs in a folder of work directories, by name.
+def survey(directory: Path) -> tuple[list[FinishedRun], list[RunError]]:
+    """The finished runs in a folder of work directories, by name, and the faults of others.
+
+    A work directory itself counts as a folder of one.
 
     Raises:
-      RunError: when there is none, or one of them has not ended or cannot be used.
+      RunError: when there is no run at all.
     """
-    logs = sorted(directory.glob('*/mlperf.log'))
+    logs = [path for path in sorted(directory.glob('*/mlperf.log')) if DAMAGED not in str(path)]
+    logs = [directory / 'mlperf.log'] if (directory / 'mlperf.log').exists() else logs
     if not logs:
         raise RunError(
             f'there are no runs in {directory}: it must hold work directories of main.py, as '
             f'scripts/run_seeds.py --out={directory} makes them'
         )
-    return [read_run(log.parent) for log in logs]
+    runs, faults = [], []
+    for log in logs:
+        try:
+            runs.append(read_run(log.parent))
+        except RunError as error:
+            faults.append(error)
+    return runs, faults
+
+
+def read_runs(directory: Path) -> list[FinishedRun]:
+    """The runs in a folder of work directories, by name.
+
+    Raises:
+      RunError: when there is none, or one of them has not ended or cannot be used.
+    """
+    runs, faults = survey(directory)
+    if faults:
+        raise faults[0]
+    return runs
 
 
 def differences(runs: Iterable[FinishedRun]) -> list[str]:
@@ -213,33 +230,3 @@ def refuse_mixture(runs: Sequence[FinishedRun]) -> None:
             f'the runs in {runs[0].directory.parent} are not of one experiment:\n  {shown}\n'
             'Keep only those that belong together in the folder.'
         )
-
-
-def official(tool: str, *arguments: str | Path) -> tuple[bool, str]:
-    """Runs `python -m mlperf_logging.TOOL`; whether it exited 0, and what it printed.
-
-    It runs in an empty folder, for the tools leave files behind where they run.
-    """
-    command = [sys.executable, '-m', f'mlperf_logging.{tool}', *map(str, arguments)]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return done.returncode == 0, (done.stdout + done.stderr).strip()
-
-
-def complies(log: Path) -> tuple[bool, str]:
-    """The verdict on one log: the official compliance checker's, and that it met its target.
-
-    The checker alone passes an aborted run in the open division: its rules ask for a status, not
-    for which.
-    """
-    passed, text = official('compliance_checker', '--ruleset', RULESET, log.resolve())
-    if not passed:
-        return False, text
-    try:
-        events = read_events(log)
-    except RunError as error:
-        return False, str(error)
-    status = next(e for e in events if e['key'] == constants.RUN_STOP)['metadata']['status']
-    if status != constants.SUCCESS:
-        return False, f'the run ended as {status}: it did not meet its target'
-    return True, text

@@ -26,9 +26,10 @@ from mlperf_logging.rcp_checker import rcp_checker
 import convergence
 import hyperparameters
 import mlperf_log
+import verdicts
 from convergence import FinishedRun, RunError
 
-SMALLEST_SET = 2 * convergence.RUNS_PER_RESULT  # MLPerf training rules: twice a result's runs.
+SMALLEST_SET = 2 * verdicts.RUNS_PER_RESULT  # MLPerf training rules: twice a result's runs.
 
 
 def check(runs: Sequence[FinishedRun]) -> None:
@@ -93,7 +94,7 @@ def with_statistics(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
     """
     checker = rcp_checker.RCP_Checker(
         'training',
-        convergence.RULESET,
+        verdicts.RULESET,
         mlperf_log.BENCHMARK,
         False,
         io.StringIO(json.dumps(points)),

@@ -31,7 +31,9 @@ from mlperf_logging.mllog import constants
 import convergence
 import mlperf_log
 import system_description
-from convergence import RULESET, RUNS_PER_RESULT, FinishedRun, RunError
+import verdicts
+from convergence import FinishedRun, RunError
+from verdicts import RULESET, RUNS_PER_RESULT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,9 +66,7 @@ def choose(runs: Sequence[FinishedRun], org: str, system: str) -> list[FinishedR
                 f'the logs say {key}={value}, not {flag}; run with --config.{field}={flag}'
             )
     for run in runs:
-        accepted, text = convergence.official(
-            'compliance_checker', '--ruleset', RULESET, run.log.resolve()
-        )
+        accepted, text = verdicts.complies(run.log)
         if not accepted and run.reached:
             faults.append(f'{run.log} is refused by the compliance checker:\n{text}')
     if faults:
@@ -123,11 +123,11 @@ def write(
 
 def judge(tree: Path) -> tuple[bool, str]:
     """The verdicts of the official package checker and result summarizer on a submission tree."""
-    _, checked = convergence.official('package_checker', tree.resolve(), 'training', RULESET)
+    _, checked = verdicts.official('package_checker', tree.resolve(), 'training', RULESET)
     passed = 'PACKAGE CHECKER FOUND NO ERRORS' in checked
     if not passed:
         return False, checked
-    summarized, summary = convergence.official(
+    summarized, summary = verdicts.official(
         'result_summarizer', tree.resolve(), 'training', RULESET
     )
     troubled = not summarized or any(word in summary for word in ('ERROR', 'Traceback'))

@@ -158,7 +158,7 @@ def finished(directory: Path, config: Mapping[str, Any]) -> int | None:
 def set_aside(directory: Path) -> Path:
     """Renames a damaged work directory to the first free DIR.damaged-K; the new name."""
     number = 1
-    while (to := directory.with_name(f'{directory.name}.damaged-{number}')).exists():
+    while (to := directory.with_name(f'{directory.name}{convergence.DAMAGED}{number}')).exists():
         number += 1
     return directory.rename(to)
 

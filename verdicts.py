@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the official checkers of mlperf-logging say, as (passed, words).
+
+The checkers of logs run in this process, which takes milliseconds; those of whole submission trees
+run as the commands that people know.
+"""
+
+import io
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlperf_logging.compliance_checker import mlp_compliance
+from mlperf_logging.mllog import constants
+from mlperf_logging.package_checker import seed_checker
+from mlperf_logging.rcp_checker import rcp_checker
+
+import convergence
+import mlperf_log
+
+RULESET = '4.0.0'
+RUNS_PER_RESULT = rcp_checker.submission_runs['training'][mlperf_log.BENCHMARK]
+
+
+def official(tool: str, *arguments: str | Path) -> tuple[bool, str]:
+    """Runs `python -m mlperf_logging.TOOL`; whether it exited 0, and what it printed.
+
+    It runs in an empty folder, for the tools leave files behind where they run.
+    """
+    command = [sys.executable, '-m', f'mlperf_logging.{tool}', *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode == 0, (done.stdout + done.stderr).strip()
+
+
+def _said(function: Callable[[], Any]) -> tuple[Any, str]:
+    """What a checker's function returns, and the warnings and errors that it logs meanwhile."""
+    text = io.StringIO()
+    handler, root = logging.StreamHandler(text), logging.getLogger()
+    handler.setLevel(logging.WARNING)
+    others, root.handlers = root.handlers, [handler]
+    try:
+        return function(), text.getvalue().strip()
+    finally:
+        root.handlers = others
+
+
+def complies(log: Path) -> tuple[bool, str]:
+    """The verdict on one log: the official compliance checker's, and that it met its target.
+
+    The checker alone passes an aborted run of the open division: its rules ask for a status, not
+    for which.
+    """
+    checker = mlp_compliance.make_checker('training', RULESET, quiet=False, werror=False)
+    rules = f'training_{RULESET}/common.yaml'
+    (passed, *_), text = _said(lambda: mlp_compliance.main(str(log), rules, checker))
+    if not passed:
+        return False, text
+    try:
+        events = convergence.read_events(log)
+    except convergence.RunError as error:
+        return False, str(error)
+    status = next(e for e in events if e['key'] == constants.RUN_STOP)['metadata']['status']
+    if status != constants.SUCCESS:
+        return False, f'the run ended as {status}: it did not meet its target'
+    return True, text
+
+
+def seeds_differ(logs: Sequence[Path]) -> tuple[bool, str]:
+    """The official seed checker's verdict on a set of logs."""
+    return _said(lambda: seed_checker.SeedChecker(RULESET).check_seeds(list(map(str, logs))))
+
+
+def converges_as(logs: Sequence[Path], points: Mapping[str, Any]) -> tuple[bool, str]:
+    """The official RCP checker's verdict on a set of logs, and its reason.
+
+    Args:
+      logs: of a result's runs.
+      points: reference convergence points by name, in the official form.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for number, log in enumerate(logs):
+            shutil.copyfile(log, Path(folder) / f'result_{number}.txt')
+        (passed, reason, _), text = _said(
+            lambda: rcp_checker.check_directory(
+                folder,
+                'training',
+                RULESET,
+                verbose=False,
+                bert_train_samples=False,
+                rcp_file=io.StringIO(json.dumps(points)),
+                rcp_pass='pruned_rcps',
+            )
+        )
+    return passed, '; '.join(filter(None, (reason, text)))
+
+
+def official_points() -> dict[str, Any]:
+    """The reference convergence points of the ruleset, as mlperf-logging carries them."""
+    folder = Path(rcp_checker.__file__).parent / f'training_{RULESET}'
+    return json.loads((folder / f'rcps_{mlperf_log.BENCHMARK}.json').read_text())
