@@ -242,6 +242,33 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tree, record
 
 
+def write(directory: Path, tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Writes one checkpoint outside any run, whole or not at all, as `read` reads it.
+
+    Args:
+      directory: must not exist.
+      tree: nested dicts of host arrays, with at least `variables` and `step`.
+      record: JSON.
+
+    Raises:
+      FileExistsError: when `directory` exists; it is not touched.
+    """
+    if directory.exists():
+        raise FileExistsError(f'{directory} exists; move it away or choose another output')
+    with ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler()
+        )
+    ) as checkpointer:
+        checkpointer.save(
+            directory.resolve(),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(tree),
+                record=ocp.args.JsonSave(dict(record) | {'checksum': checksum(tree)}),
+            ),
+        )
+
+
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts checkpoints to PyTorch's form and back, under torchvision's names.
+
+    convert_checkpoint.py to-pytorch   WORKDIR/checkpoints/STEP OUT.safetensors   (or OUT.pth)
+    convert_checkpoint.py from-pytorch IN.safetensors OUT_CHECKPOINT              (or IN.pth)
+    convert_checkpoint.py download     URL OUT_CHECKPOINT
+
+--input=reference (default): the values are copied as they are, bit for bit; the network takes RGB in
+0..255 minus the means (123.68, 116.78, 103.94).
+--input=torchvision: the PyTorch side takes torchvision's inputs, (RGB / 255 - mean) / std. The scale
+is folded into the first convolution; the difference of the means, up to 0.5 grey levels, stays.
+
+`download` fetches weights whose name ends in the first digits of their SHA-256, as torchvision's do,
+and converts them with --input=torchvision. Exit status: 0, or 2 with the output untouched.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ['JAX_PLATFORMS'] = 'cpu'  # A conversion needs no accelerator, which may be in use.
+
+import numpy as np
+
+import checkpointing
+import pytorch_checkpoint
+from data_preparation import archives
+from image_classification import CHANNEL_MEANS
+from input_pipeline import CENTRAL_FRACTION
+from pytorch_checkpoint import (
+    TORCHVISION_MEAN,
+    TORCHVISION_SCALE,
+    TORCHVISION_STD,
+    CheckpointError,
+)
+
+CONVENTIONS = ('reference', 'torchvision')
+# A torchvision input shifted by this, in grey levels, is one of ours: 255·mean - our mean.
+MEAN_SHIFT = [
+    255 * theirs - ours for theirs, ours in zip(TORCHVISION_MEAN, CHANNEL_MEANS, strict=True)
+]
+
+
+def preprocessing(config: Mapping[str, Any] | None, convention: str) -> dict[str, Any]:
+    """How images are to be prepared for the exported network, for the file's metadata.
+
+    With torchvision's scale folded in, our own means are still the exact ones.
+    """
+    folded = convention == 'torchvision'
+    facts: dict[str, Any] = {
+        'channels': 'RGB',
+        'layout': 'NCHW',
+        'divide_by': 255 if folded else 1,
+        'mean': [mean / 255 if folded else mean for mean in CHANNEL_MEANS],
+        'std': list(TORCHVISION_STD) if folded else [1.0, 1.0, 1.0],
+    }
+    if config is None:
+        return facts
+    facts['image_size'] = config['image_size']
+    if config['augmentation'] == 'crop_resize':
+        facts['resize_shorter_side'] = round(config['image_size'] / CENTRAL_FRACTION)
+        facts['resize_rule'] = (
+            'bilinear without antialiasing; output pixel i samples input i·(in/out); centre crop'
+        )
+    return facts
+
+
+def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
+    """Exports a checkpoint; what was done, in a sentence or two.
+
+    Raises:
+      CheckpointError: for padding='same', which no PyTorch model has.
+    """
+    tree, record = read_checkpoint(checkpoint)
+    config = record.get('config')
+    if config and config['padding'] != 'symmetric':
+        raise CheckpointError(
+            f"{checkpoint} was trained with padding={config['padding']!r}; torchvision's models pad "
+            "symmetrically and would compute something else. Train with padding='symmetric' to "
+            'export'
+        )
+    step = int(tree['step'])
+    state = pytorch_checkpoint.to_state_dict(tree['variables'], step)
+    model = pytorch_checkpoint.identify(state)
+    pytorch_checkpoint.from_state_dict(state, model)  # Raises unless it is a whole model.
+    if convention == 'torchvision':
+        state = pytorch_checkpoint.scale_input(state, TORCHVISION_SCALE)
+    metadata = {
+        'model': model,
+        'step': str(step),
+        'input': convention,
+        'preprocessing': json.dumps(preprocessing(config, convention)),
+        'config': json.dumps(config),
+    }
+    pytorch_checkpoint.write(out, state, metadata)
+    return f'{out}: {model} after {step} steps.{_note(convention)}'
+
+
+def from_pytorch(file: Path, out: Path, convention: str | None) -> str:
+    """Imports a file; what was done, in a sentence or two.
+
+    Raises:
+      CheckpointError: when it is no whole model, or its metadata contradict `convention`.
+    """
+    if out.exists():
+        raise FileExistsError(f'{out} exists; move it away or choose another output')
+    state, metadata = pytorch_checkpoint.read(file)
+    recorded = metadata.get('input')
+    if convention and recorded and convention != recorded:
+        raise CheckpointError(
+            f'--input={convention} contradicts the metadata of {file}: input={recorded}'
+        )
+    convention = convention or recorded or 'reference'
+    model = pytorch_checkpoint.identify(state)
+    try:
+        pytorch_checkpoint.from_state_dict(state, model)
+    except CheckpointError as error:
+        raise CheckpointError(f'{file}: {error}') from error
+    if convention == 'torchvision':
+        inverse = tuple(1 / factor for factor in TORCHVISION_SCALE)
+        state = pytorch_checkpoint.scale_input(state, inverse)
+    step = int(metadata.get('step', 0))
+    config = json.loads(metadata.get('config', 'null'))
+    tree = {
+        'variables': pytorch_checkpoint.from_state_dict(state, model),
+        'step': np.int32(step),
+    }
+    source = {'file': file.name, 'input': convention}
+    checkpointing.write(out, tree, {'step': step, 'config': config, 'source': source})
+    return f'{out}: {model}, {state["fc.weight"].shape[0]} classes.{_note(convention)}'
+
+
+def _note(convention: str) -> str:
+    if convention == 'reference':
+        return ' Input: RGB in 0..255 minus (123.68, 116.78, 103.94).'
+    shifts = ', '.join(f'{shift:+.3f}' for shift in MEAN_SHIFT)
+    exact = ', '.join(f'{mean / 255:.6f}' for mean in CHANNEL_MEANS)
+    return (
+        " Torchvision's scale was folded into conv1.weight. The means cannot be folded (the padding "
+        f'would shift too): on the PyTorch side, Normalize(mean=({exact}), std={TORCHVISION_STD}) '
+        f"is exact; with torchvision's own mean the input is off by ({shifts}) grey levels."
+    )
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`checkpointing.read`, with any fault of a damaged checkpoint as one error."""
+    try:
+        return checkpointing.read(path.resolve())
+    except checkpointing.CheckpointError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f'{path} is damaged: {reason}') from error
+
+
+def download(url: str, out: Path) -> str:
+    """Fetches a .pth file next to `out`, checks it by the digits in its name, and converts it.
+
+    An interrupted download is continued; the file stays, so that nothing is fetched twice.
+
+    Raises:
+      CheckpointError: when the digits are not those of the file's SHA-256; the file is removed.
+    """
+    if out.exists():
+        raise FileExistsError(f'{out} exists; move it away or choose another output')
+    name = url.rsplit('/', 1)[-1]
+    digits = re.search(r'-([0-9a-f]{8,64})\.(pth|safetensors)$', name)
+    if not digits:
+        raise CheckpointError(
+            f'{name} does not end in the first digits of its SHA-256, like resnet50-0676ba61.pth: '
+            'what would be fetched could not be checked'
+        )
+    file = out.parent / name
+    if not file.exists():
+        # From byte 0, so that servers with and without ranges state the whole size.
+        request = urllib.request.Request(url, headers={'Range': 'bytes=0-'})
+        with urllib.request.urlopen(request, timeout=archives.TIMEOUT_SECONDS) as response:
+            size = int(response.headers['Content-Length'])
+        archives.download(url, file, size)
+    with file.open('rb') as stream:
+        digest = hashlib.file_digest(stream, 'sha256').hexdigest()
+    if not digest.startswith(digits[1]):
+        file.unlink()
+        raise CheckpointError(
+            f'{file} has the SHA-256 {digest}, not {digits[1]}…: it was removed; fetch it again'
+        )
+    return from_pytorch(file, out, 'torchvision')
+
+
+def main() -> int:
+    """The program; its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for command, source, target in (
+        ('to-pytorch', 'CHECKPOINT', 'OUT.{safetensors,pth}'),
+        ('from-pytorch', 'IN', 'OUT_CHECKPOINT'),
+        ('download', 'URL', 'OUT_CHECKPOINT'),
+    ):
+        subparser = commands.add_parser(command)
+        subparser.add_argument('source', metavar=source)
+        subparser.add_argument('out', metavar=target, type=Path)
+        if command != 'download':
+            subparser.add_argument('--input', choices=CONVENTIONS)
+    flags = parser.parse_args()
+    try:
+        if flags.command == 'to-pytorch':
+            done = to_pytorch(Path(flags.source), flags.out, flags.input or 'reference')
+        elif flags.command == 'from-pytorch':
+            done = from_pytorch(Path(flags.source), flags.out, flags.input)
+        else:
+            done = download(flags.source, flags.out)
+    except (ValueError, OSError, checkpointing.CheckpointError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    print(done)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

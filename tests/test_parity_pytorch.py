@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models compute what torchvision's compute: outputs, statistics, gradients, trajectories.
+
+Every comparison prints its figure and its tolerance:
+
+    pytest -s tests/test_parity_pytorch.py tests/test_official_graph.py
+
+A relative error is the largest difference divided by the largest magnitude of the expected array.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import image_classification
+import models
+import pytorch_checkpoint
+
+torch = pytest.importorskip('torch')
+from tests import torchvision_models  # noqa: E402
+
+CLASSES, LABEL_SMOOTHING = 10, 0.1
+SPAN = 4
+# Odd heights and widths tell symmetric padding from any other at every stride.
+SMALL_IMAGES = [
+    ('resnet50', 64, 64),
+    ('resnet18_cifar', 32, 32),
+    ('resnet18_cifar', 33, 29),
+    ('resnet_digits', 8, 8),
+    ('resnet_digits', 15, 11),
+]
+LARGE_IMAGES = [
+    pytest.param('resnet50', 97, 65, marks=pytest.mark.slow),
+    pytest.param('resnet50', 224, 224, marks=pytest.mark.slow),
+]
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert np.abs(theirs).max() > 0
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def agree(what: str, ours: dict, theirs: dict, tolerance: float):
+    """Asserts that all arrays agree and prints the worst relative error."""
+    assert ours.keys() == theirs.keys()
+    error, name = max((relative_error(ours[name], theirs[name]), name) for name in theirs)
+    where = f' (worst: {name})' if len(theirs) > 1 else ''
+    print(f'{error:8.1e} ≤ {tolerance:.0e}  {what}{where}')
+    assert error <= tolerance, (what, name)
+
+
+def random_state_dict(peer: torch.nn.Module, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random values, float32, for every entry of a PyTorch model's state dictionary."""
+    rng = np.random.default_rng(seed)
+
+    def draw(name, shape):
+        z = rng.standard_normal(shape)
+        if name.endswith('num_batches_tracked'):
+            return np.array(7)
+        if len(shape) > 1:
+            z *= np.sqrt(2 / np.prod(shape[1:]))
+        elif name.endswith('running_var'):
+            z = 1 + 0.5 * np.abs(z)
+        elif name.endswith('weight'):
+            z = 1 + 0.2 * z
+        else:
+            z *= 0.2
+        return z.astype(np.float32)
+
+    return {name: draw(name, tuple(value.shape)) for name, value in peer.state_dict().items()}
+
+
+def batch_of(examples: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    images = rng.standard_normal((examples, height, width, 3)).astype(np.float32)
+    return images, rng.integers(0, CLASSES, examples)
+
+
+@functools.cache
+def program(model: str, dtype: type):
+    """All that this repository computes on one batch, jitted."""
+    net = models.create(model, num_classes=CLASSES, bn_span=SPAN, dtype=dtype)
+
+    @jax.jit
+    def everything(variables, images, labels):
+        running = variables['batch_stats']
+
+        def loss(params):
+            logits, updated = net.apply(
+                {'params': params, 'batch_stats': running}, images, True, mutable=['batch_stats']
+            )
+            losses = image_classification.cross_entropy(logits, labels, LABEL_SMOOTHING)
+            return losses.mean(), (logits, updated['batch_stats'])
+
+        (value, (logits, statistics)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            variables['params']
+        )
+        evaluated = net.apply(variables, images, False)
+        return evaluated, logits, value, {'params': gradients, 'batch_stats': statistics}
+
+    return everything
+
+
+def split(arrays: dict) -> tuple[dict, dict]:
+    """(gradients, statistics) of a state dictionary, without the counters."""
+    arrays = {k: v for k, v in arrays.items() if not k.endswith('num_batches_tracked')}
+    statistics = {k: v for k, v in arrays.items() if '.running_' in k}
+    return {k: v for k, v in arrays.items() if k not in statistics}, statistics
+
+
+def ours(model: str, state: dict, images: np.ndarray, labels: np.ndarray, dtype: type) -> dict:
+    """Logits in both modes, loss, gradients and batch statistics, under torchvision's names."""
+    with jax.enable_x64(dtype is np.float64):
+        variables = pytorch_checkpoint.from_state_dict(state, model)
+        variables = jax.tree.map(lambda a: a.astype(dtype), variables)
+        result = program(model, dtype)(variables, images.astype(dtype), labels)
+        evaluated, logits, value, tree = jax.device_get(result)
+    assert evaluated.dtype == logits.dtype == dtype
+    gradients, statistics = split(pytorch_checkpoint.to_state_dict(tree, step=0))
+    return {
+        'evaluation': evaluated,
+        'training': logits,
+        'loss': value,
+        'gradients': gradients,
+        'statistics': statistics,
+    }
+
+
+def peer(model: str, state: dict, dtype: type) -> torch.nn.Module:
+    net = torchvision_models.create(model, CLASSES)
+    net.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
+    return net.to({np.float32: torch.float32, np.float64: torch.float64}[dtype])
+
+
+def to_nchw(images: np.ndarray, dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.astype(dtype).transpose(0, 3, 1, 2)))
+
+
+def theirs(model: str, state: dict, images: np.ndarray, labels: np.ndarray, dtype: type) -> dict:
+    """The same by PyTorch; there a BatchNorm span is a forward pass of its own.
+
+    PyTorch keeps the unbiased variance, n / (n - 1) times the biased one that ours is, with n the
+    elements that a channel's statistics are taken over.
+    """
+    net, images = peer(model, state, dtype), to_nchw(images, dtype)
+    with torch.no_grad():
+        evaluated = net.eval()(images).numpy()
+    elements = {}
+    for name, module in net.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # The mean over the forward passes.
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: elements.update({name: args[0][:, 0].numel()})
+            )
+    logits = torch.cat([net.train()(group) for group in images.split(SPAN)])
+    loss = torch.nn.functional.cross_entropy(
+        logits, torch.from_numpy(labels), label_smoothing=LABEL_SMOOTHING
+    )
+    loss.backward()
+    _, statistics = split({name: value.numpy() for name, value in net.state_dict().items()})
+    for name, n in elements.items():
+        statistics[f'{name}.running_var'] *= (n - 1) / n
+    return {
+        'evaluation': evaluated,
+        'training': logits.detach().numpy(),
+        'loss': loss.detach().numpy(),
+        'gradients': {name: value.grad.numpy() for name, value in net.named_parameters()},
+        'statistics': statistics,
+    }
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'evaluation', 'training'), [(np.float32, 1e-5, 1e-4), (np.float64, 1e-12, 1e-11)]
+)
+@pytest.mark.parametrize(('model', 'height', 'width'), [*SMALL_IMAGES, *LARGE_IMAGES])
+def test_outputs_equal_torchvisions(model, height, width, dtype, evaluation, training):
+    """Random weights: logits in both modes, the loss and every batch statistic; two spans."""
+    state = random_state_dict(torchvision_models.create(model, CLASSES))
+    batch = batch_of(2 * SPAN, height, width)
+    mine, yours = ours(model, state, *batch, dtype), theirs(model, state, *batch, dtype)
+    case = f'{model} {height}×{width} {np.dtype(dtype)}'
+    for what, tolerance in (('evaluation', evaluation), ('training', training)):
+        agree(f'{case} logits, {what}', {what: mine[what]}, {what: yours[what]}, tolerance)
+    agree(f'{case} loss', {'loss': mine['loss']}, {'loss': yours['loss']}, training)
+    agree(f'{case} statistics', mine['statistics'], yours['statistics'], training)
+    if dtype is np.float64:
+        agree(f'{case} gradients', mine['gradients'], yours['gradients'], 1e-9)
+
+
+def draw_far_from_kinks(model: str, seed: int) -> dict[str, np.ndarray]:
+    """Random weights with BatchNorm biases of ±2 scales, and quiet residual branches.
+
+    At the kink of a ReLU the gradient jumps. Of the millions of values that a network compares
+    with 0, a few lie closer to it than fp32 rounds, and each of these moves some gradients by
+    about 1 %, in PyTorch as here (docs/equivalence.md).
+    """
+    state = random_state_dict(torchvision_models.create(model, CLASSES), seed)
+    last = 'bn2' if model == 'resnet18_cifar' else 'bn3'
+    for name in state:
+        if name.endswith('bias') and name != 'fc.bias':
+            weight = name.replace('bias', 'weight')
+            state[weight] *= np.float32(0.2 if last in name else 1.0)
+            state[name] = 2 * np.abs(state[weight]) * np.sign(state[name])
+    return state
+
+
+def distance_to_kinks(model: str, state: dict, images: np.ndarray) -> float:
+    """The least distance of a ReLU's input to 0, or between a pool's largest two, in fp64.
+
+    In units of the layer's standard deviation.
+    """
+    distances = []
+
+    def of_relu(_, args):
+        distances.append(args[0].abs().min() / args[0].std())
+
+    def of_pool(_, args):
+        padded = torch.nn.functional.pad(args[0], (1, 1, 1, 1))
+        windows = padded.unfold(2, 3, 2).unfold(3, 3, 2).flatten(-2)
+        first, second = windows.topk(2).values.unbind(-1)
+        distances.append((first - second)[first > 0].min() / args[0].std())
+
+    net = peer(model, state, np.float64).train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.register_forward_pre_hook(of_relu)
+        if isinstance(module, torch.nn.MaxPool2d):
+            module.register_forward_pre_hook(of_pool)
+    with torch.no_grad():
+        net(to_nchw(images, np.float64))
+    return float(min(distances))
+
+
+# The first seeds whose draw keeps the distance that the test asserts.
+@pytest.mark.parametrize(
+    ('model', 'height', 'width', 'seed'),
+    [(*case, seed) for case, seed in zip(SMALL_IMAGES, (5, 10, 1, 0, 0), strict=True)],
+)
+def test_fp32_gradients_equal_torchvisions(model, height, width, seed):
+    """Every parameter's gradient within 1e-3, where no kink stands in the way."""
+    state, batch = draw_far_from_kinks(model, seed), batch_of(SPAN, height, width)
+    assert distance_to_kinks(model, state, batch[0]) > 2e-6
+    mine, yours = ours(model, state, *batch, np.float32), theirs(model, state, *batch, np.float32)
+    case = f'{model} {height}×{width} float32 gradients'
+    agree(case, mine['gradients'], yours['gradients'], 1e-3)
