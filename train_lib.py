@@ -168,6 +168,10 @@ class Programs:
     replicated: NamedSharding
     sharded: NamedSharding
 
+    def initial_state(self, seed: int) -> TrainState:
+        """The state at step 0, on all devices."""
+        return self.init(self.to_all(np.asarray(jax.random.key_data(init_key(seed)))))
+
     def to_devices(self, local: Any) -> Any:
         """Puts this process's part of a batch on its devices (asynchronous)."""
         return jax.tree.map(

@@ -124,7 +124,7 @@ class Run:
                 tree = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
             state = checkpointing.from_tree(distributed.from_lead(tree), template)
             return to_all(state)
-        state = self.programs.init(to_all(np.asarray(jax.random.key_data(key))))
+        state = self.programs.initial_state(self.config['seed'])
         if self.config['init_from'] is not None:
             weights = checkpointing.initial_weights(
                 Path(self.config['init_from']), jax.device_get(state.variables)
@@ -226,6 +226,7 @@ class Run:
 
     def _judge(self, evaluation: Evaluation) -> bool | None:
         """Saves, evaluates and logs; whether the target is reached, None if asked to stop."""
+        paused = time.monotonic()
         saving = self.save()
         before = time.monotonic()
         self.log.eval_start(evaluation)
@@ -235,7 +236,7 @@ class Run:
         self.log.eval_stop(evaluation, result['eval_top1'])
         result |= {'eval_seconds': time.monotonic() - before, 'checkpoint_seconds': saving}
         self.progress.evaluation(self.step, evaluation.epoch, result)
-        self._clock.lap()
+        self._clock.since += time.monotonic() - paused  # None of this is time spent on training.
         return result['eval_top1'] >= self.config['target_top1']
 
     def _blocks(self) -> Outcome:

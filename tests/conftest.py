@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of all tests: folders of real data, which the tests that need them skip without."""
+"""Settings and fixtures of all tests: eight CPU devices, the digits, folders of real data.
+
+Tests that need real images skip where the folder is absent.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
+
+# Before JAX is imported.
+os.environ['XLA_FLAGS'] = (
+    f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
+)
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 
 SHARED = Path(__file__).parents[2] / 'shared'
 
@@ -32,3 +42,13 @@ def cifar10_jpeg() -> Path:
 def official_outputs() -> Path:
     """The folder of outputs of the official implementation that are too large to be committed."""
     return _folder('GOLDEN', SHARED / 'golden')
+
+
+@pytest.fixture(scope='session')
+def digits_dir(tmp_path_factory) -> Path:
+    """A data_dir with the digits prepared."""
+    from data_preparation import digits
+
+    data_dir = tmp_path_factory.mktemp('data')
+    digits.prepare(data_dir)
+    return data_dir

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs training steps in this process, on as many devices as a test wants."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import distributed
+import hyperparameters
+import optimizers
+import train_lib
+from image_classification import ImageClassification
+from input_pipeline import Pipeline, find_dataset
+from models.resnet import ResNet
+from plan import make_plan
+
+
+class TinyBottleneck(ImageClassification):
+    """The task with a ResNet-50 in miniature: large stem, max-pool, bottlenecks, projections."""
+
+    @property
+    def model(self):
+        return ResNet(
+            stage_sizes=(1, 2),
+            bottleneck=True,
+            width=8,
+            num_classes=self.num_classes,
+            bn_span=self.config['bn_span'],
+            large_stem=True,
+            dtype=self.config['dtype'],
+        )
+
+
+@dataclasses.dataclass
+class Trained:
+    """What a few steps left behind: the state, and every batch and metric on the way."""
+
+    state: train_lib.TrainState
+    metrics: list[dict[str, Any]]
+    batches: list[dict[str, np.ndarray]]
+
+
+def resolve(name, data_dir, **overrides):
+    """A committed configuration with overrides."""
+    config = importlib.import_module(f'configs.{name}').get_config()
+    texts = {key: str(value) for key, value in (overrides | {'data_dir': data_dir}).items()}
+    return hyperparameters.resolve(config, texts)
+
+
+def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches=None) -> Trained:
+    """Trains `steps` optimizer steps on `devices` devices of this process.
+
+    Without `batches` (a function from the whole micro-batch's range of positions to a batch), on
+    the configuration's data.
+    """
+    mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
+    num_train, num_eval, num_classes = 4096, 10, 10
+    if batches is None:
+        dataset = find_dataset(config['dataset'], config['data_dir'])
+        num_train, num_eval = dataset.num_train, dataset.num_eval
+        num_classes = dataset.num_classes
+    plan = make_plan(config, num_train=num_train, num_eval=num_eval, num_devices=devices)
+    task = task_type(config, num_classes)
+    programs = train_lib.compile_steps(
+        task, optimizers.create(config, plan), plan.micro_batch, mesh
+    )
+    state = programs.initial_state(config['seed'])
+    micro_steps = steps * plan.accumulation_steps
+    if batches is None:
+        share = distributed.share_of(mesh, plan.micro_batch)
+        source = Pipeline(dataset, config, config['seed'], share).train(0, micro_steps)
+    else:
+        size = plan.micro_batch
+        source = (batches(i * size, (i + 1) * size) for i in range(micro_steps))
+    flags = programs.to_devices(np.zeros(devices, np.int32))
+    seen, metrics = [], []
+    for batch in source:
+        state, values = programs.train(state, programs.to_devices(batch), flags)
+        seen.append(batch)
+        metrics.append(jax.device_get(values))
+    return Trained(jax.device_get(state), metrics, seen)
+
+
+def differences(a: Any, b: Any) -> dict[str, float]:
+    """The relative difference of every array of two trees, max |a - b| / max |a|, by its name."""
+    pairs = zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True)
+    return {
+        jax.tree_util.keystr(path): float(
+            np.abs(np.asarray(x, np.float64) - y).max() / (np.abs(x).max() or 1.0)
+        )
+        for (path, x), y in pairs
+    }
+
+
+def assert_close(a: Any, b: Any, tolerance: float) -> None:
+    """Every array of two trees agrees within the relative tolerance."""
+    apart = {name: value for name, value in differences(a, b).items() if not value <= tolerance}
+    assert not apart, apart
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two trees are equal, bit for bit."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
