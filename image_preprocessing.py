@@ -18,6 +18,9 @@ import cv2
 import numpy as np
 import simplejpeg
 
+# The pipeline runs one image per thread; OpenCV's own threads would only get in each other's way.
+cv2.setNumThreads(1)
+
 # The spec's training crop: aspect ratio (width / height), share of the image's area, and the share
 # of the image that a crop has to cover, or else it is drawn again.
 CROP_ASPECT = (0.75, 1.33)
@@ -40,14 +43,49 @@ def decode(encoded: bytes) -> np.ndarray:
         except ValueError as error:
             if 'Premature end of JPEG file' in str(error):
                 raise ValueError(f'truncated JPEG of {len(encoded)} bytes') from error
+            if 'subsampling' in str(error):  # a layout that only the accurate DCT's decoder knows
+                return _decode_with_opencv(encoded)
             return simplejpeg.decode_jpeg(encoded, 'RGB', fastdct=True, strict=False)
     if encoded[:4] == b'\x89PNG':
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-        if image is None:
-            raise ValueError(f'broken PNG of {len(encoded)} bytes')
-        return image
+        return _decode_with_opencv(encoded)
     raise ValueError(f'neither JPEG nor PNG: {len(encoded)} bytes that start with {encoded[:4]!r}')
+
+
+def _decode_with_opencv(encoded: bytes) -> np.ndarray:
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    if image is None:
+        raise ValueError(f'broken image of {len(encoded)} bytes')
+    return image
+
+
+def _find_height(encoded: bytes) -> int:
+    """Where a sequential JPEG that is not truncated states its height, or 0 for all other bytes.
+
+    The offset is that of two bytes, followed by two of the width, in the frame header (ITU T.81,
+    B.2.2).
+    """
+    position = 2 * (encoded[:2] == b'\xff\xd8')
+    while position and position + 9 <= len(encoded) and encoded[position] == 0xFF:
+        marker = encoded[position + 1]
+        if marker in (0xC0, 0xC1):
+            end_of_image = encoded.rfind(b'\xff\xd9')
+            return position + 5 if end_of_image > position else 0
+        if marker != 0xC4 and not 0xDB <= marker <= 0xFE:  # neither tables nor application data
+            return 0
+        position += 2 + int.from_bytes(encoded[position + 2 : position + 4], 'big')
+    return 0
+
+
+def _decode_top(encoded: bytes, height_at: int, rows: int) -> np.ndarray:
+    """Decodes at least the first `rows` rows of a sequential JPEG, and not many more.
+
+    The decoder is told that the image ends two rows further down (chroma is interpolated from the
+    next row), and so leaves the rest of the bytes alone, entropy decoding included.
+    """
+    shortened = bytearray(encoded)
+    shortened[height_at : height_at + 2] = (rows + 2).to_bytes(2, 'big')
+    return simplejpeg.decode_jpeg(shortened, 'RGB', fastdct=True, strict=False)
 
 
 def sample_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -98,8 +136,17 @@ def decode_and_random_crop(
     Raises:
         ValueError: as `decode`.
     """
-    image = decode(encoded)
-    y, x, height, width = sample_crop(image.shape[0], image.shape[1], rng)
+    height_at = _find_height(encoded)
+    if height_at:
+        full_height = int.from_bytes(encoded[height_at : height_at + 2], 'big')
+        full_width = int.from_bytes(encoded[height_at + 2 : height_at + 4], 'big')
+        y, x, height, width = sample_crop(full_height, full_width, rng)
+    if height_at and y + height + 2 < full_height:
+        image = _decode_top(encoded, height_at, y + height)
+    else:
+        image = decode(encoded)
+    if not height_at:
+        y, x, height, width = sample_crop(image.shape[0], image.shape[1], rng)
     step = width / size
     first = 0.0
     if rng.random() < 0.5:

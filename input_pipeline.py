@@ -8,20 +8,20 @@ them. So a batch is a pure function of the seed and its number: there is no iter
 neither processes, threads nor restarts change what is in it. Grain runs that function ahead of
 the training loop, in threads or in processes.
 
-No byte of a data set is read before the first batch is asked for; `find_dataset` reads metadata.
+No byte of a data set is read before the first batch is asked for.
 """
 
 import dataclasses
 import functools
-import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from image_classification import PADDING_LABEL
 from image_preprocessing import (
@@ -31,6 +31,7 @@ from image_preprocessing import (
     pad_and_random_crop,
     sample_crop,
 )
+from records import EVAL_SPLIT, DataError, Dataset, DatasetError, Records, find_dataset
 
 __all__ = [
     'DataError',
@@ -45,32 +46,16 @@ __all__ = [
     'sample_crop',
 ]
 
-EVAL_SPLIT = {'digits': 'test', 'cifar10': 'test', 'imagenet2012': 'validation'}
 # The evaluation's central crop is this share of the resized image's shorter side (224 / 256).
 CENTRAL_FRACTION = 0.875
 
+# A decoding thread takes so many examples of a batch at a time.
+EXAMPLES_AT_A_TIME = 16
+# Batches that are decoded at the same time, or wait decoded, in a process.
+BATCHES_AHEAD = 2
+
 # Purposes of random numbers; no (seed, purpose, counter) is used twice.
 _ORDER, _AUGMENTATION = 0, 1
-
-
-class DatasetError(RuntimeError):
-    """A data set that is missing or incomplete; the text says what to do."""
-
-
-class DataError(RuntimeError):
-    """A record that cannot be used; the text names it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A prepared data set, by its metadata alone; `digest` is of its content, where known."""
-
-    name: str
-    directory: str
-    num_train: int
-    num_eval: int
-    num_classes: int
-    digest: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,79 +65,6 @@ class Share:
     start: int
     size: int
     whole: int
-
-
-def find_dataset(name: str, data_dir: str) -> Dataset:
-    """Finds a prepared data set and checks that its files are there.
-
-    Raises:
-      DatasetError: when it is missing or incomplete.
-    """
-    import tensorflow_datasets as tfds
-
-    advice = f'; prepare it with: scripts/download_dataset.sh {name} {data_dir}'
-    root = Path(data_dir).expanduser() / name
-    versions = sorted(root.glob('**/dataset_info.json'))
-    versions = [path for path in versions if 'incomplete' not in str(path)]
-    if not versions:
-        raise DatasetError(f'the data set {name} is not in {root}{advice}')
-    directory = versions[-1].parent
-    try:
-        builder = tfds.builder_from_directory(directory)
-        train, evaluation = (builder.info.splits[s] for s in ('train', EVAL_SPLIT[name]))
-        num_classes = builder.info.features['label'].num_classes
-    except Exception as error:
-        raise DatasetError(
-            f'the metadata in {directory} cannot be used ({error}){advice}'
-        ) from error
-    expected = [Path(p) for split in (train, evaluation) for p in split.filepaths]
-    missing = [p.name for p in expected if not p.is_file() or p.stat().st_size == 0]
-    if missing or not expected:
-        raise DatasetError(
-            f'the data set in {directory} is incomplete: {len(missing)} of {len(expected)} shards '
-            f'are missing or empty, the first is {missing[0] if missing else "unknown"}{advice}'
-        )
-    counts = (train.num_examples, evaluation.num_examples, num_classes)
-    return Dataset(name, str(directory), *counts, _digest(directory, EVAL_SPLIT[name]))
-
-
-def _digest(directory: Path, eval_split: str) -> str | None:
-    """The digest that was recorded beside the data when it was last verified; None before."""
-    try:
-        recorded = json.loads((directory / 'manifest.json').read_text())
-        return '-'.join(recorded[split]['digest'][:16] for split in ('train', eval_split))
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-class Records:
-    """Random access to the (encoded image, label) pairs of a split; opened at the first access."""
-
-    def __init__(self, dataset: Dataset, split: str):
-        self._dataset, self._split = dataset, split
-        self._lock = threading.Lock()
-        self._source = None
-
-    def __getstate__(self):
-        return {'dataset': self._dataset, 'split': self._split}
-
-    def __setstate__(self, state):
-        self.__init__(**state)
-
-    def _open(self):
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder_from_directory(self._dataset.directory)
-        return builder.as_data_source(self._split, decoders={'image': tfds.decode.SkipDecoding()})
-
-    def __getitem__(self, index: int) -> tuple[bytes, int]:
-        with self._lock:
-            self._source = self._source or self._open()
-        record = self._source[index]
-        return record['image'], int(record['label'])
-
-    def name(self, index: int) -> str:
-        return f'record {index} of split {self._split} in {self._dataset.directory}'
 
 
 class Images:
@@ -246,47 +158,77 @@ def example_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return _generator(seed, _ORDER, epoch).permutation(num_examples)
 
 
+@functools.cache
+def _decoders(threads: int) -> ThreadPoolExecutor:
+    """This process's decoding threads."""
+    return ThreadPoolExecutor(threads, 'decode')
+
+
+def _fill(fill_one: Callable[[int], None], count: int, threads: int) -> None:
+    """Calls fill_one(0), …, fill_one(count - 1), in this process's decoding threads."""
+
+    def fill_some(first: int) -> None:
+        for i in range(first, min(first + EXAMPLES_AT_A_TIME, count)):
+            fill_one(i)
+
+    for _ in _decoders(threads).map(fill_some, range(0, count, EXAMPLES_AT_A_TIME)):
+        pass
+
+
 def _load_train(
-    micro_step: int, *, images: Images, num_examples: int, size: int, seed: int, share: Share
+    micro_step: int,
+    *,
+    images: Images,
+    num_examples: int,
+    size: int,
+    seed: int,
+    share: Share,
+    threads: int,
 ) -> dict[str, np.ndarray]:
     """This process's share of a micro-step: a pure function of (seed, micro_step)."""
-    batch = {
-        'image': np.empty((share.size, size, size, 3), np.uint8),
-        'label': np.empty((share.size,), np.int32),
-    }
+    image = np.empty((share.size, size, size, 3), np.uint8)
+    label = np.empty((share.size,), np.int32)
     first = micro_step * share.whole + share.start
-    for i in range(share.size):
+
+    def fill_one(i: int) -> None:
         position = first + i
         epoch, place = divmod(position, num_examples)
         index = int(example_order(seed, epoch, num_examples)[place])
         rng = _generator(seed, _AUGMENTATION, position)
-        batch['label'][i] = images.train(index, rng, batch['image'][i])
-    return batch
+        try:
+            label[i] = images.train(index, rng, image[i])
+        except DataError as error:
+            raise DataError(f'at training position {position}: {error}') from error
+
+    _fill(fill_one, share.size, threads)
+    return {'image': image, 'label': label}
 
 
 def _load_eval(
-    number: int, *, images: Images, num_examples: int, size: int, share: Share
+    number: int, *, images: Images, num_examples: int, size: int, share: Share, threads: int
 ) -> dict[str, np.ndarray]:
     """This process's share of evaluation batch `number`; past the set's end it is padding."""
-    batch = {
-        'image': np.zeros((share.size, size, size, 3), np.uint8),
-        'label': np.full((share.size,), PADDING_LABEL, np.int32),
-    }
+    image = np.zeros((share.size, size, size, 3), np.uint8)
+    label = np.full((share.size,), PADDING_LABEL, np.int32)
     first = number * share.whole + share.start
-    for i in range(min(share.size, max(num_examples - first, 0))):
-        batch['label'][i] = images.evaluation(first + i, batch['image'][i])
-    return batch
+
+    def fill_one(i: int) -> None:
+        label[i] = images.evaluation(first + i, image[i])
+
+    _fill(fill_one, min(share.size, max(num_examples - first, 0)), threads)
+    return {'image': image, 'label': label}
 
 
 def _ahead(load, first: int, stop: int, config: Mapping[str, Any]) -> Iterator[Any]:
     """Yields load(first), …, load(stop - 1) in order, computed ahead in threads or processes."""
-    threads = config['data_threads'] or len(os.sched_getaffinity(0))
     batches = grain.MapDataset.range(first, stop).map(load)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    options = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
     ahead = batches.to_iter_dataset(options)
     if config['data_processes']:
+        if not flags.FLAGS.is_parsed():  # Grain's worker processes insist on absl's flags.
+            flags.FLAGS.mark_as_parsed()
         ahead = ahead.mp_prefetch(
-            grain.MultiprocessingOptions(config['data_processes'], per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(config['data_processes'], per_worker_buffer_size=1)
         )
     return iter(ahead)
 
@@ -304,7 +246,8 @@ class Pipeline:
     def __init__(self, dataset: Dataset, config: Mapping[str, Any], seed: int, share: Share):
         self._config = dict(config)
         evaluation = EVAL_SPLIT[dataset.name]
-        shared = {'size': config['image_size'], 'share': share}
+        threads = config['data_threads'] or len(os.sched_getaffinity(0))
+        shared = {'size': config['image_size'], 'share': share, 'threads': threads}
         self._load_train = functools.partial(
             _load_train,
             images=Images(Records(dataset, 'train'), dataset.num_train, config),

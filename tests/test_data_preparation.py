@@ -2,14 +2,12 @@
 """Preparation and verification on small data: what is right is found right, faults are named."""
 
 import hashlib
-import http.server
 import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from tests.ilsvrc_archives import (
     synthetic_jpeg,
     write_archives,
 )
+from tests.range_server import RangeServer
 
 CLASSES = ('n01440764', 'n01443537', 'n02123045')
 
@@ -445,42 +444,10 @@ def test_real_imagenet_is_held_to_the_published_counts(tmp_path, prepared):
 # Downloads.
 
 
-class Server:
-    """Serves one file, and breaks the connection after each of `breaks` bytes, once."""
-
-    def __init__(self, content: bytes, breaks: list[int], ranges: bool = True):
-        requests = self.requests = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                requests.append((self.headers['Range'], self.headers['Authorization']))
-                first = int(self.headers['Range'].removeprefix('bytes=').rstrip('-'))
-                first = first if ranges else 0
-                self.send_response(206 if ranges else 200)
-                self.send_header('Content-Length', str(len(content) - first))
-                self.end_headers()
-                body = content[first:]
-                self.wfile.write(body[: breaks.pop(0)] if breaks else body)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        self.url = f'http://127.0.0.1:{self.server.server_port}/folder'
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-
 @pytest.mark.parametrize('ranges', [True, False])
 def test_a_broken_connection_is_taken_up_again(tmp_path, ranges):
     content = np.random.default_rng(0).bytes(3_000_000)
-    with Server(content, [1_000_000, 500_000], ranges) as server:
+    with RangeServer(content, [1_000_000, 500_000], ranges) as server:
         archives.download(f'{server.url}/file', tmp_path / 'file', len(content), 'me', 'secret')
     assert (tmp_path / 'file').read_bytes() == content
     starts = [0, 1_000_000, 1_500_000 if ranges else 500_000]
@@ -492,7 +459,7 @@ def test_a_broken_connection_is_taken_up_again(tmp_path, ranges):
 def test_a_download_that_gets_nowhere_ends_and_keeps_what_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(archives.time, 'sleep', lambda _: None)
     with (
-        Server(b'x' * 1000, [400] + [0] * 10) as server,
+        RangeServer(b'x' * 1000, [400] + [0] * 10) as server,
         pytest.raises(ValueError, match=r'400 of 1,000 bytes are kept'),
     ):
         archives.download(f'{server.url}/file', tmp_path / 'file', 1000)

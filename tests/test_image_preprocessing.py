@@ -113,6 +113,31 @@ def test_a_crop_of_a_jpeg_equals_the_crop_of_its_full_decoding(subsampling, seed
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.parametrize('sampling', ['411', '420', '422', '440', '444'])
+@pytest.mark.parametrize('kind', ['plain', 'restart markers', 'progressive', 'optimized'])
+def test_the_top_of_a_jpeg_equals_the_top_of_its_full_decoding(sampling, kind):
+    options = {
+        'plain': [],
+        'restart markers': [cv2.IMWRITE_JPEG_RST_INTERVAL, 5],
+        'progressive': [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],
+        'optimized': [cv2.IMWRITE_JPEG_OPTIMIZE, 1],
+    }[kind]
+    options += [
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+        getattr(cv2, f'IMWRITE_JPEG_SAMPLING_FACTOR_{sampling}'),
+    ]
+    noise = np.random.default_rng(0).integers(0, 256, (25, 40, 3), np.uint8)
+    image = cv2.resize(noise, (320, 200), interpolation=cv2.INTER_CUBIC)
+    jpeg = cv2.imencode('.jpg', image, options)[1].tobytes()
+    whole = simplejpeg.decode_jpeg(jpeg, 'RGB', fastdct=True)
+    height_at = ip._find_height(jpeg)
+    assert (height_at == 0) == (kind == 'progressive')
+    for rows in range(1, 197, 5) if height_at else ():
+        top = ip._decode_top(jpeg, height_at, rows)
+        assert len(top) < rows + 3
+        np.testing.assert_array_equal(top[:rows], whole[:rows])
+
+
 def test_greyscale_gives_three_equal_channels():
     grey = smooth_image(40, 50)[..., :1]
     jpeg = simplejpeg.encode_jpeg(
@@ -130,6 +155,15 @@ def test_a_truncated_image_is_refused(keep):
     for encoded in (simplejpeg.encode_jpeg(image), as_png(image)):
         with pytest.raises(ValueError):
             ip.decode(encoded[: int(keep * len(encoded))])
+
+
+@pytest.mark.parametrize('keep', [0.5, 0.9, 0.999])
+def test_a_truncated_jpeg_is_refused_whatever_the_crop(keep):
+    jpeg = simplejpeg.encode_jpeg(smooth_image(200, 300))
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        with pytest.raises(ValueError, match='truncated JPEG'):
+            ip.decode_and_random_crop(jpeg[: int(keep * len(jpeg))], rng, size=64)
 
 
 def test_what_is_no_image_is_refused():
