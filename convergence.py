@@ -117,11 +117,11 @@ def read_events(log: Path) -> list[dict[str, Any]]:
     """
     try:
         events = mlperf_log.read(log)
-        fault = check_events(events)
     except OSError as error:
         raise RunError(f'{log} cannot be read ({error.strerror})') from error
-    except (ValueError, KeyError, TypeError) as error:
-        fault = f'it has a damaged line ({error})'
+    except mlperf_log.LogError as error:
+        raise RunError(str(error)) from error
+    fault = check_events(events)
     if fault:
         raise RunError(f'{log} cannot be used: {fault}')
     return events

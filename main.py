@@ -112,6 +112,7 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
     import checkpointing
     import distributed
     import input_pipeline
+    import mlperf_log
     import train_loop
     import work_directory
 
@@ -120,6 +121,7 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
         input_pipeline.DatasetError,
         work_directory.WorkDirectoryError,
         checkpointing.CheckpointError,
+        mlperf_log.LogError,
         distributed.StartError,
     )
     failed = (input_pipeline.DataError, train_loop.NonFiniteError)

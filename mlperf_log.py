@@ -30,13 +30,36 @@ def _identity(event_type: str, key: str, metadata: Mapping[str, Any]) -> str:
     return json.dumps([event_type, key, kept], sort_keys=True)
 
 
+class LogError(ValueError):
+    """A log with a line that is no event; the text names the line."""
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a log, in order. Lines that are not MLPerf's are skipped."""
+    """The events of a log, in order.
+
+    Lines that are not MLPerf's are skipped, and so is a last one that was cut short.
+
+    Raises:
+      LogError: when another line is damaged.
+    """
     events = []
-    for line in path.read_text().splitlines():
-        match = re.match(r':::MLL\w* (\{.*\})$', line)
-        if match:
-            events.append(json.loads(match.group(1)))
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise LogError(f'{path} is no text: it is damaged, or no log') from error
+    for number, line in enumerate(lines, start=1):
+        if not line.startswith(':::MLL') or not line.endswith('\n'):
+            continue
+        try:
+            event = json.loads(line.partition(' ')[2])
+            _ = event['time_ms'], event['event_type'], event['key'], event['value']
+            _ = event['metadata'].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LogError(
+                f'line {number} of {path} is damaged: {line.strip()[:200]}; start again in an '
+                'empty work directory'
+            ) from error
+        events.append(event)
     return events
 
 

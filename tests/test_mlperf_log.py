@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logs: the official checkers accept what they should, and what is no whole log is refused by name.
+
+Accuracies are chosen here; everything else in a log is written by the program's own calls.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from mlperf_logging.compliance_checker import mlp_compliance
+
+import convergence
+import hyperparameters
+import mlperf_log
+import verdicts
+from tests.synthetic_runs import curve, plan_of, resolve, write_log
+
+CLOSED = {
+    'lars': {'division': 'closed'},
+    'sgd': {'division': 'closed', 'optimizer': 'sgd', 'learning_rate': 1.6},
+}
+RULES = Path(mlp_compliance.__file__).parent / 'training_4.0.0'
+
+
+def official_keys(optimizer: str) -> list[str]:
+    """The keys that the closed division asks for, by the checker's own files."""
+    files = ('closed_resnet.yaml', f'closed_resnet_{optimizer}.yaml')
+    rules = [rule for file in files for rule in yaml.safe_load((RULES / file).read_text())]
+    return sorted({rule['KEY']['NAME'] for rule in rules} - {'eval_accuracy'})
+
+
+@pytest.mark.parametrize('optimizer', ['lars', 'sgd'])
+def test_imagenet_log_above_the_target_passes_as_closed(tmp_path, optimizer):
+    config = resolve('imagenet', seed=1, **CLOSED[optimizer])
+    write_log(tmp_path / 'log', config, curve(config, 40))
+    passed, text = verdicts.complies(tmp_path / 'log')
+    assert passed, text
+    # The command that people know says the same.
+    passed, text = verdicts.official('compliance_checker', '--ruleset', '4.0.0', tmp_path / 'log')
+    assert passed, text
+
+
+def test_imagenet_log_below_the_target_is_refused_as_closed(tmp_path):
+    config = resolve('imagenet', seed=1, **CLOSED['lars'])
+    write_log(tmp_path / 'log', config, [0.7589] * len(plan_of(config).evaluations))
+    passed, text = verdicts.complies(tmp_path / 'log')
+    assert not passed
+    assert 'eval_accuracy' in text
+    assert '0.7590' in text
+
+
+@pytest.mark.parametrize(
+    ('optimizer', 'key'), [(o, k) for o in ('lars', 'sgd') for k in official_keys(o)]
+)
+def test_every_key_that_the_closed_division_asks_for_is_ours(tmp_path, monkeypatch, optimizer, key):
+    """Without it the checker refuses the log: so it is looked at, under the name that we write."""
+    config = resolve('imagenet', seed=1, **CLOSED[optimizer])
+    event = mlperf_log.EventLog.event
+    monkeypatch.setattr(
+        mlperf_log.EventLog,
+        'event',
+        lambda self, name, value, **data: None if name == key else event(self, name, value, **data),
+    )
+    write_log(tmp_path / 'log', config, curve(config, 40))
+    passed, text = verdicts.complies(tmp_path / 'log')
+    assert not passed
+    assert f"'{key}'" in text
+
+
+def test_log_says_what_the_run_uses(tmp_path):
+    config = resolve('imagenet', seed=7, per_device_batch=512)
+    write_log(tmp_path / 'log', config, curve(config, 40))
+    events = convergence.read_events(tmp_path / 'log')
+    values = {event['key']: event['value'] for event in events}
+    for key, value in hyperparameters.logged(config).items():
+        assert values[key] == value
+    assert values['gradient_accumulation_steps'] == 4096 // 512
+    assert values['train_samples'] == 1281167
+    assert values['eval_samples'] == 50000
+    assert [key for key in values if key.startswith('sgd')] == []
+    epochs = [e['metadata']['epoch_num'] for e in events if e['key'] == 'eval_accuracy']
+    assert epochs == list(range(4, 41, 4))
+    blocks = [e['metadata'] for e in events if e['key'] == 'block_start']
+    assert [b['first_epoch_num'] for b in blocks] == list(range(1, 41, 4))
+    assert {b['epoch_count'] for b in blocks} == {4}
+    # Where the seed checker looks: file and line, the file as in the repository.
+    assert {e['metadata']['file'] for e in events} <= {'mlperf_log.py', 'tests/synthetic_runs.py'}
+
+
+@pytest.mark.parametrize('name', ['digits', 'imagenet'])
+def test_resumed_run_leaves_the_log_of_an_unbroken_one(tmp_path, name):
+    config = resolve(name, seed=1)
+    accuracies = curve(config, 12)
+    write_log(tmp_path / 'whole', config, accuracies)
+    # Stopped after one evaluation, then in the middle of a line, then gone on with from the start.
+    write_log(tmp_path / 'log', config, accuracies[:1])
+    text = (tmp_path / 'log').read_text()
+    (tmp_path / 'log').write_text(text + text.splitlines()[-1][:40])
+    write_log(tmp_path / 'log', config, accuracies)
+
+    def without_time(path):
+        return [
+            (e['event_type'], e['key'], e['value'], e['metadata'])
+            for e in convergence.read_events(path)
+        ]
+
+    assert without_time(tmp_path / 'log') == without_time(tmp_path / 'whole')
+    passed, words = verdicts.complies(tmp_path / 'log')
+    assert passed, words
+
+
+def test_aborted_run_is_refused_and_says_so(tmp_path):
+    config = resolve('digits', seed=1)
+    write_log(tmp_path / 'log', config, [0.5] * len(plan_of(config).evaluations))
+    passed, text = verdicts.complies(tmp_path / 'log')
+    assert not passed
+    assert 'aborted' in text
+
+
+def test_unfinished_run_is_refused_and_says_so(tmp_path):
+    config = resolve('digits', seed=1)
+    write_log(tmp_path / 'log', config, [0.5])
+    passed, text = verdicts.complies(tmp_path / 'log')
+    assert not passed
+    assert 'run_stop' in text
+    with pytest.raises(convergence.RunError, match='run_stop is missing'):
+        convergence.read_events(tmp_path / 'log')
+
+
+def test_seed_checker_wants_every_seed_once(tmp_path):
+    logs = []
+    for seed in (1, 2, 2**63 - 1, 4, 5, 2):
+        config = resolve('digits', seed=seed)
+        logs.append(tmp_path / f'log-{len(logs)}')
+        write_log(logs[-1], config, curve(config, 3))
+    passed, text = verdicts.seeds_differ(logs[:5])
+    assert passed, text
+    passed, text = verdicts.seeds_differ(logs)
+    assert not passed
+    assert 'logs seed 2 ' in text
+
+
+@pytest.fixture
+def two_logs(tmp_path):
+    """The lines of the logs of two runs."""
+    lines = []
+    for seed in (1, 2):
+        config = resolve('digits', seed=seed)
+        write_log(tmp_path / f'{seed}', config, curve(config, 3))
+        lines.append((tmp_path / f'{seed}').read_text().splitlines(keepends=True))
+    return lines
+
+
+def refusal(path: Path, content: str | bytes) -> str:
+    """What is said of a file with this content; never anything but a RunError."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(convergence.RunError) as error:
+        convergence.read_events(path)
+    assert str(path) in str(error.value)
+    assert not verdicts.complies(path)[0]
+    return str(error.value)
+
+
+def test_log_cut_anywhere_is_refused(tmp_path, two_logs):
+    lines, _ = two_logs
+    for count in range(len(lines)):
+        for rest in ('', lines[count][: len(lines[count]) // 2], lines[count][:-2]):
+            said = refusal(tmp_path / 'log', ''.join(lines[:count]) + rest)
+            assert re.search('is missing|no MLPerf log', said)
+
+
+def test_damaged_line_is_refused(tmp_path, two_logs):
+    lines, _ = two_logs
+    half = len(lines[4]) // 2
+    lines[4] = lines[4][:half] + '\0\0}\n'
+    assert 'line 5' in refusal(tmp_path / 'log', ''.join(lines))
+
+
+def test_logs_of_two_runs_in_one_are_refused(tmp_path, two_logs):
+    first, second = two_logs
+    interleaved = [line for pair in zip(first, second, strict=True) for line in pair]
+    assert 'mixed' in refusal(tmp_path / 'log', ''.join(interleaved))
+    assert 'mixed' in refusal(tmp_path / 'log', ''.join(first + second))
+    assert 'mixed' in refusal(tmp_path / 'log', ''.join(second[9:] + first[:9]))
+
+
+def test_foreign_files_are_refused(tmp_path, two_logs):
+    assert 'no MLPerf log' in refusal(tmp_path / 'log', '')
+    assert 'no MLPerf log' in refusal(tmp_path / 'log', 'epoch 1 loss 2.3\n' * 9)
+    assert 'damaged' in refusal(tmp_path / 'log', bytes(range(256)))
+    foreign = ''.join(two_logs[0]).replace('"resnet"', '"bert"')
+    assert 'benchmark bert' in refusal(tmp_path / 'log', foreign)
+    with pytest.raises(convergence.RunError, match='cannot be read'):
+        convergence.read_events(tmp_path / 'none')
+
+
+def test_run_does_not_go_on_with_a_damaged_log(tmp_path, two_logs):
+    lines, _ = two_logs
+    (tmp_path / 'log').write_text(''.join([*lines[:4], lines[4][9:40] + lines[4], ':::MLLOG {\n']))
+    with pytest.raises(mlperf_log.LogError, match='line 6 of .* empty work directory'):
+        mlperf_log.EventLog(tmp_path / 'log')
