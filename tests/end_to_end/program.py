@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program as its users start it: real processes, in a work directory of the test's."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpointing
+import mlperf_log
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Program:
+    """A run of main.py; as several processes if `cpus` is given, else one with `devices` devices.
+
+    Output goes to WORKDIR.log, which grows from one start to the next.
+    """
+
+    def __init__(self, workdir: Path, data_dir: Path, **config):
+        self.workdir, self.output = workdir, Path(f'{workdir}.log')
+        self.process: subprocess.Popen | None = None
+        # Not in the program's own environment, where importing it would cost seconds.
+        block = workdir.parent / 'without_torch'
+        block.mkdir(exist_ok=True)
+        (block / 'torch.py').write_text('raise ImportError')
+        config = {'data_dir': data_dir, 'seed': 7} | config
+        self._arguments = [str(ROOT / 'main.py'), f'--workdir={workdir}']
+        self._arguments += [f'--config.{name}={value}' for name, value in config.items()]
+        self._environment = os.environ | {'PYTHONPATH': str(block), 'JAX_PLATFORMS': 'cpu'}
+        self._environment.pop('XLA_FLAGS', None)
+
+    def start(self, *, cpus=None, devices=1, more=()) -> 'Program':
+        """Starts it; what it has said before is forgotten."""
+        command = [*self._arguments, *more]
+        if cpus:
+            command = [str(ROOT / 'scripts' / 'launch.py'), f'--cpus={cpus}', '--', *command]
+        with self.output.open('w') as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                env=self._environment | {'JAX_NUM_CPU_DEVICES': str(devices)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd='/',
+            )
+        return self
+
+    def said(self) -> str:
+        """What it has printed since it was started."""
+        return self.output.read_text()
+
+    def wait(self, timeout=300) -> int:
+        """Waits for its end; its exit status."""
+        return self.process.wait(timeout)
+
+    def run(self, **how) -> int:
+        """Starts it and waits for its end."""
+        return self.start(**how).wait()
+
+    def until(self, holds, timeout=300) -> None:
+        """Waits until a condition holds, or the program has ended."""
+        end = time.monotonic() + timeout
+        while not holds() and self.process.poll() is None:
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.002)
+
+    def until_said(self, text: str) -> None:
+        """Waits until it has printed this."""
+        self.until(lambda: text in self.said())
+        assert text in self.said(), self.said()
+
+    def children(self) -> list[int]:
+        """Process ids of the processes that the launcher started, by their number."""
+        path = Path(f'/proc/{self.process.pid}/task/{self.process.pid}/children')
+        return sorted(map(int, path.read_text().split()))
+
+    def end(self) -> None:
+        """Kills whatever of it is left."""
+        if self.process and self.process.poll() is None:
+            for child in self.children():
+                os.kill(child, signal.SIGKILL)
+            self.process.kill()
+            self.process.wait()
+
+    def leftovers(self) -> list[str]:
+        """What must not be there after its end: processes that use its work directory, parts."""
+        found = []
+        for entry in Path('/proc').glob('[0-9]*/cmdline'):
+            try:
+                if f'--workdir={self.workdir}' in entry.read_text().split('\0'):
+                    found.append(f'process {entry.parent.name}')
+            except OSError:
+                continue
+        found += [str(path) for path in self.workdir.rglob('*') if 'tmp' in path.name]
+        return found + [str(path) for path in self.workdir.rglob('*.part')]
+
+    def checkpoint(self, step=None):
+        """The tree of the checkpoint of a step, or of the newest."""
+        step = step or max(self.steps())
+        return checkpointing.read(self.workdir / 'checkpoints' / str(step))[0]
+
+    def steps(self) -> list[int]:
+        """The steps of its checkpoints."""
+        return [int(p.name) for p in (self.workdir / 'checkpoints').iterdir() if p.name.isdigit()]
+
+    def events(self, key=None) -> list[dict]:
+        """The events of its MLPerf log, of one key or all."""
+        path = self.workdir / 'mlperf.log'
+        events = mlperf_log.read(path) if path.exists() else []
+        return [event for event in events if key in (None, event['key'])]
+
+    def accuracies(self) -> list[float]:
+        """What its evaluations have found."""
+        return [event['value'] for event in self.events('eval_accuracy')]
+
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.workdir / 'metrics.jsonl').open()]
