@@ -13,7 +13,6 @@ import argparse
 import datetime
 import io
 import json
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -119,7 +118,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument('--out', type=Path, help='default: rcps.json in the first DIR')
     parser.add_argument('--creator', help="default: the runs' organisation")
     flags = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
     points: dict[str, dict[str, Any]] = {}
     try:
         for directory in flags.directories:

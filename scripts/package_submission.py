@@ -14,12 +14,14 @@ ORG and SYSTEM must be what the logs say (--config.org and --config.platform of 
 """
 
 import argparse
+import csv
 import io
 import json
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,23 +123,26 @@ def write(
     )
 
 
-def judge(tree: Path) -> tuple[bool, str]:
-    """The verdicts of the official package checker and result summarizer on a submission tree."""
-    _, checked = verdicts.official('package_checker', tree.resolve(), 'training', RULESET)
-    passed = 'PACKAGE CHECKER FOUND NO ERRORS' in checked
-    if not passed:
-        return False, checked
-    summarized, summary = verdicts.official(
-        'result_summarizer', tree.resolve(), 'training', RULESET
-    )
-    troubled = not summarized or any(word in summary for word in ('ERROR', 'Traceback'))
-    return not troubled, summary if troubled else 'package_checker and result_summarizer: SUCCESS'
+def judge(tree: Path) -> tuple[float | None, str]:
+    """The verdicts of the official package checker and result summarizer on a submission tree.
 
-
-def score(runs: Sequence[FinishedRun]) -> float:
-    """The result, minutes: the mean without the fastest and the slowest run."""
-    minutes = sorted(run.minutes for run in runs)[1:-1]
-    return sum(minutes) / len(minutes)
+    Returns:
+      The result in minutes, None if the tree is refused; and what the checkers said.
+    """
+    _, said = verdicts.official('package_checker', tree.resolve(), 'training', RULESET)
+    if 'PACKAGE CHECKER FOUND NO ERRORS' not in said:
+        return None, said
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / 'summary.csv'
+        arguments = (tree.resolve(), 'training', RULESET, '--csv', table)
+        succeeded, said = verdicts.official('result_summarizer', *arguments)
+        if not succeeded or 'ERROR' in said or not table.exists():
+            return None, said
+        with table.open() as file:
+            rows = list(csv.DictReader(file))
+    if len(rows) != 1 or not rows[0][mlperf_log.BENCHMARK]:
+        return None, f'the result summarizer found no result:\n{said}'
+    return float(rows[0][mlperf_log.BENCHMARK]), 'package_checker, result_summarizer: SUCCESS'
 
 
 def main(arguments: list[str]) -> int:
@@ -161,13 +166,13 @@ def main(arguments: list[str]) -> int:
         else:
             description = system_description.describe(runs[0].config, runs[0].environment)
         write(tree, runs, description, code_of(runs[0].environment['commit']))
-        passed, said = judge(tree)
+        minutes, said = judge(tree)
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     print(said)
-    print(f'{tree}: {"accepted" if passed else "REFUSED"}; result {score(runs):.3f} minutes')
-    return 0 if passed else 1
+    print(f'{tree}: {"REFUSED" if minutes is None else f"accepted, result {minutes:.3f} minutes"}')
+    return 1 if minutes is None else 0
 
 
 if __name__ == '__main__':
