@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program as a user meets it: real runs in processes of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpointing
+import mlperf_log
+from tests.harness import is_same
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(workdir, data_dir, *flags, cwd=ROOT):
+    """Runs main.py; returns the finished process."""
+    environment = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+    command = [sys.executable, str(ROOT / 'main.py'), f'--workdir={workdir}']
+    command += [f'--config.data_dir={data_dir}', *flags]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=300
+    )
+
+
+def newest(workdir):
+    steps = [int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()]
+    return checkpointing.read(workdir / 'checkpoints' / str(max(steps)))[0]
+
+
+def metrics(workdir):
+    """Every metric that is not a time."""
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    times = ('seconds', 'images_per_second', 'input_wait', 'eval_seconds', 'checkpoint_seconds')
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+def environment_with(**variables):
+    kept = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+    return kept | variables
+
+
+@pytest.mark.slow
+def test_run_and_time_reaches_the_target_and_the_checker_accepts(digits_dir, tmp_path):
+    """From another folder, with a space in a path."""
+    workdir = tmp_path / 'a run'
+    done = subprocess.run(
+        [ROOT / 'scripts' / 'run_and_time.sh', f'--workdir={workdir}',
+         f'--config.data_dir={digits_dir}'],
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300,
+        env=environment_with(VENV=sys.prefix, LOCK='cpu'),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'accepted by the compliance checker (4.0.0)' in done.stdout
+    result = done.stdout.splitlines()[-1].split(',')
+    seed = json.loads((workdir / 'config.json').read_text())['seed']
+    assert result[:3] == ['RESULT', 'digits', str(seed)]
+    assert 0 < int(result[3]) < 300
+    top1 = [line['eval_top1'] for line in metrics(workdir) if 'eval_top1' in line]
+    target = json.loads((workdir / 'config.json').read_text())['target_top1']
+    assert top1[-1] >= target
+    assert max(top1[:-1], default=0) < target
+    assert list((workdir / 'tensorboard').glob('events*'))
+
+
+@pytest.mark.slow
+def test_same_seed_is_bitwise_equal_and_missing_the_target_is_told(digits_dir, tmp_path):
+    flags = ('--config.seed=11', '--config.max_epochs=4', '--config.eval_every_epochs=2',
+             '--config.eval_offset_epochs=0')  # fmt: skip
+    first = run(tmp_path / 'a', digits_dir, *flags)
+    again = run(tmp_path / 'b', digits_dir, *flags, '--config.data_threads=1')
+    assert first.returncode == again.returncode == 1, first.stderr
+    assert 'the target was missed' in first.stdout
+    assert is_same(newest(tmp_path / 'a'), newest(tmp_path / 'b'))
+    assert metrics(tmp_path / 'a') == metrics(tmp_path / 'b')
+    events = mlperf_log.read(tmp_path / 'a' / 'mlperf.log')
+    assert [e['value'] for e in events if e['key'] == 'seed'] == [11]
+    assert [e['metadata']['status'] for e in events if e['key'] == 'run_stop'] == ['aborted']
+    assert [e['value'] for e in events if e['key'] == 'train_samples'] == [1437]
+
+    # The finished run is not run again, and its work directory is no other run's.
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('*.log')}
+    assert run(tmp_path / 'a', digits_dir, *flags).returncode == 1
+    other = run(tmp_path / 'a', digits_dir, *flags, '--config.learning_rate=1.0')
+    assert other.returncode == 2
+    assert 'another configuration (learning_rate' in other.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('*.log')}
+
+    # What was written can be fed back.
+    recorded = f'--config={ROOT}/configs/from_json.py:{tmp_path}/a/config.json'
+    third = run(tmp_path / 'c', digits_dir, recorded)
+    assert third.returncode == 1, third.stderr
+    assert is_same(newest(tmp_path / 'a'), newest(tmp_path / 'c'))
+
+
+def refused(done):
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith('error: ')
+    assert 'Traceback' not in done.stderr
+    return done.stderr
+
+
+def test_a_bad_configuration_is_refused_whole_before_anything_is_written(tmp_path):
+    flags = ('--config.weight_decay=0.0003', '--config.momentum=0.5', '--config.batch=64')
+    text = refused(run(tmp_path / 'w', tmp_path, *flags))
+    assert 'weight_decay' in text
+    assert 'momentum' in text
+    assert 'batch is no hyperparameter' in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_configuration_file_is_told(tmp_path):
+    assert 'digits.py' in refused(run(tmp_path / 'w', tmp_path, '--config=configs/digit.py'))
+    text = refused(run(tmp_path / 'w', tmp_path, '--config=configs/from_json.py:nowhere.json'))
+    assert 'nowhere.json' in text
+
+
+def test_a_missing_data_set_is_refused(tmp_path):
+    assert 'scripts/download_dataset.sh digits' in refused(run(tmp_path / 'w', tmp_path))
+    assert not (tmp_path / 'w').exists()
+
+
+def test_a_batch_that_does_not_fit_is_refused(digits_dir, tmp_path):
+    text = refused(run(tmp_path / 'w', digits_dir, '--config.per_device_batch=48'))
+    assert 'those that fit' in text
+    assert not (tmp_path / 'w').exists()
+
+
+def test_a_strange_work_directory_is_left_alone(digits_dir, tmp_path):
+    workdir = tmp_path / 'thesis'
+    workdir.mkdir()
+    (workdir / 'chapter').write_text('1')
+    assert 'not empty and holds no run' in refused(run(workdir, digits_dir))
+    assert (workdir / 'chapter').read_text() == '1'
+
+
+def test_a_work_directory_that_cannot_be_made_is_refused(digits_dir, tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert 'cannot be written' in refused(run(tmp_path / 'file' / 'w', digits_dir))
+
+
+@pytest.mark.slow
+def test_data_are_read_after_run_start_and_a_broken_record_stops_the_run(digits_dir, tmp_path):
+    shutil.copytree(digits_dir / 'digits', tmp_path / 'digits')
+    for shard in tmp_path.glob('digits/**/*array_record*'):
+        shard.write_bytes(b'x' * shard.stat().st_size)
+    done = run(tmp_path / 'w', tmp_path)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert 'digits' in done.stderr
+    events = [event['key'] for event in mlperf_log.read(tmp_path / 'w' / 'mlperf.log')]
+    assert 'run_start' in events
+    assert 'run_stop' not in events
+
+
+def test_help_is_fast_and_lists_every_field():
+    done = subprocess.run(
+        [sys.executable, ROOT / 'main.py', '--help'], capture_output=True, text=True, check=True
+    )
+    assert '--config.bn_span' in done.stdout
+    loaded = 'import sys, main; print(int("jax" in sys.modules))'
+    done = subprocess.run(
+        [sys.executable, '-c', loaded], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == '0'
