@@ -57,7 +57,7 @@ def check(tree: Mapping[str, Any], template: TrainState) -> None:
         first = differ[0]
         raise CheckpointError(
             f'the checkpoint is of another model or optimizer: {len(differ)} arrays differ, the '
-            f'first is {first}: {theirs.get(first, "missing")} there, {ours.get(first, "none")} here'
+            f'first is {first}: {theirs.get(first, "none")} there, {ours.get(first, "none")} here'
         )
 
 

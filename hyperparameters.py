@@ -204,7 +204,7 @@ _OPTIONAL_RUN = (
 # fmt: on
 
 TABLE: tuple[Hyperparameter, ...] = tuple(
-    Hyperparameter(*row, group=group, optional=optional)
+    dataclasses.replace(Hyperparameter(*row), group=group, optional=optional)
     for rows, group, optional in (
         (_BENCHMARK, 'benchmark', False),
         (_OPTIONAL_BENCHMARK, 'benchmark', True),

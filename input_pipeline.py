@@ -101,8 +101,10 @@ class Images:
         with self._lock:
             if self._cache is None:
                 pairs = [self._guarded(self._decode, i) for i in range(self._count)]
-                images, labels = zip(*pairs, strict=True)
-                self._cache = np.stack(images), np.array(labels, np.int32)
+                self._cache = (
+                    np.stack([image for image, _ in pairs]),
+                    np.array([label for _, label in pairs], np.int32),
+                )
         images, labels = self._cache
         return images[index], labels[index]
 

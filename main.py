@@ -9,8 +9,8 @@ saved.
 """
 
 import argparse
-import importlib.util
 import os
+import runpy
 import signal
 import sys
 import traceback
@@ -80,11 +80,9 @@ def load_config(specification: str) -> Mapping[str, Any]:
     if file is None:
         known = sorted(p.name for p in (Path(__file__).parent / 'configs').glob('[a-z]*.py'))
         raise ValueError(f'--config={path}: no such file; there are configs/{{{", ".join(known)}}}')
-    spec = importlib.util.spec_from_file_location('configuration', file)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        return module.get_config(argument) if argument else module.get_config()
+        get_config = runpy.run_path(str(file))['get_config']
+        return get_config(argument) if argument else get_config()
     except Exception as error:
         raise ValueError(f'--config={specification}: {error}') from error
 

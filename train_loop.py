@@ -117,7 +117,7 @@ class Run:
             lambda key: train_lib.create_train_state(key, self.task, optimizer), key
         )
         checkpoints = self.checkpoints
-        tree = distributed.lead_does(lambda: checkpoints.restore(template))
+        tree = distributed.lead_does(lambda: checkpoints and checkpoints.restore(template))
         if distributed.from_lead(np.int32(tree is not None)):
             if tree is None:
                 shapes = checkpointing.to_tree(template)
@@ -129,7 +129,7 @@ class Run:
             weights = checkpointing.initial_weights(
                 Path(self.config['init_from']), jax.device_get(state.variables)
             )
-            state = state.replace(variables=to_all(weights))
+            state = dataclasses.replace(state, variables=to_all(weights))
         return state
 
     def train_block(self, last_step: int) -> None:

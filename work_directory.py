@@ -21,8 +21,19 @@ import jax
 import hyperparameters
 
 _OWN = ('lock', 'config.part')
-_VERSIONS_OF = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy',
-                'mlperf-logging', 'simplejpeg', 'opencv-python-headless', 'tensorflow-datasets')  # fmt: skip
+_VERSIONS_OF = (
+    'jax',
+    'jaxlib',
+    'flax',
+    'optax',
+    'orbax-checkpoint',
+    'grain',
+    'numpy',
+    'mlperf-logging',
+    'simplejpeg',
+    'opencv-python-headless',
+    'tensorflow-datasets',
+)
 
 
 class WorkDirectoryError(RuntimeError):

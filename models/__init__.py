@@ -8,7 +8,7 @@ import functools
 
 import jax.numpy as jnp
 
-from models.resnet import ResNet
+from models.resnet import Padding, ResNet
 
 _MODELS = {
     'resnet50': functools.partial(
@@ -25,7 +25,7 @@ NAMES = tuple(_MODELS)
 
 
 def create(
-    name: str, *, num_classes: int, bn_span: int, padding: str = 'symmetric', dtype=jnp.float32
+    name: str, *, num_classes: int, bn_span: int, padding: Padding = 'symmetric', dtype=jnp.float32
 ) -> ResNet:
     """Builds a model; see `ResNet` for the attributes.
 

@@ -46,6 +46,7 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [N, H, W, C] to [N, H', W', features], in `dtype`."""
         kernel = self.param(
             'kernel',
             _conv_init,
@@ -83,6 +84,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps [N, H, W, C] to [N, H/stride, W/stride, width or 4·width]."""
         conv = functools.partial(Convolution, padding=self.padding, dtype=self.dtype)
         norm = functools.partial(BatchNorm, span=self.span)
         if self.bottleneck:

@@ -3,7 +3,7 @@
 
     judge_run.py WORKDIR [--name=NAME]
 
-The last line is RESULT,NAME,SEED,SECONDS,USER,START with the seconds between run_start and run_stop.
+The last line is RESULT,NAME,SEED,SECONDS,USER,START, with the seconds from run_start to run_stop.
 Exit status: 0 the target was reached and the log is accepted, 1 not, 2 there is no finished run.
 """
 
@@ -60,7 +60,8 @@ def main() -> int:
     reached = stop['metadata']['status'] == 'success'
     good, said = accepted(log)
 
-    print(f'log        {log}: {"accepted" if good else "REFUSED"} by the compliance checker ({RULESET})')
+    verdict = 'accepted' if good else 'REFUSED'
+    print(f'log        {log}: {verdict} by the compliance checker ({RULESET})')
     if not good:
         print(said)
     print(f'accuracy   {last["value"]:.5f} top-1 after {epochs} epochs (best {best["value"]:.5f})')
