@@ -56,6 +56,11 @@ def open_for(config: Mapping[str, Any], path: Path) -> int | None:
     Raises:
       WorkDirectoryError: it is not writable, in use, or holds a run of another configuration.
     """
+    if '[' in str(path.resolve()):
+        raise WorkDirectoryError(
+            f'the work directory {path} has a "[" in its path, where Orbax writes checkpoints that '
+            'cannot be read again; choose another with --workdir'
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Held, and released by the system, for as long as the process lives.
