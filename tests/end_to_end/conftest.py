@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures of the tests that run the program."""
 
+import re
 import shutil
 
 import pytest
@@ -24,7 +25,7 @@ def program(runs_dir, digits_dir, request):
     made = []
 
     def make(name=None, **config):
-        workdir = runs_dir / (name or request.node.name)
+        workdir = runs_dir / (name or re.sub(r'\W+', '-', request.node.name))
         made.append(Program(workdir, digits_dir, **config))
         return made[-1]
 

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever ends a run, the same command goes on with it: real processes, real signals."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from scripts.judge_run import accepted
+from tests.end_to_end.conftest import FOUR_EPOCHS
+from tests.harness import is_same
+
+pytestmark = pytest.mark.slow
+TRAINING = 'step 10/'  # It has trained so far when it has said this.
+
+
+def assert_as_if_undisturbed(run, undisturbed):
+    """The same weights bit for bit, the same evaluations, one valid log."""
+    assert is_same(run.checkpoint(), undisturbed.checkpoint())
+    assert run.accuracies() == undisturbed.accuracies()
+    assert [m for m in run.metrics() if 'eval_top1' in m][-1]['epoch'] >= 4
+    for key in ('init_start', 'init_stop', 'run_start', 'run_stop'):
+        assert len(run.events(key)) == 1, key
+    valid, said = accepted(run.workdir / 'mlperf.log')
+    assert valid, said
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_saves_and_leaves_and_a_damaged_checkpoint_is_passed_over(
+    program, undisturbed, number
+):
+    run = program(**FOUR_EPOCHS).start()
+    run.until_said('step 25/')
+    before = time.monotonic()
+    run.process.send_signal(number)
+    assert run.wait() == 75, run.said()
+    assert time.monotonic() - before < 30
+    assert 'the same command resumes it' in run.said()
+    stopped, previous = sorted(run.steps(), reverse=True)
+
+    data = max((run.workdir / 'checkpoints' / str(stopped) / 'state').rglob('*'), key=size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    assert run.run() == 1, run.said()
+    assert f'{run.workdir / "checkpoints" / str(stopped)} is damaged' in run.said()
+    assert previous < stopped
+    assert_as_if_undisturbed(run, undisturbed)
+
+
+def size(path):
+    return path.stat().st_size if path.is_file() else 0
+
+
+@pytest.mark.parametrize('whom', ['one', 'all'])
+def test_a_signal_to_one_process_or_to_all_stops_all_at_the_same_step(program, whom):
+    run = program(**FOUR_EPOCHS).start(cpus=2)
+    run.until_said(TRAINING)
+    before = time.monotonic()
+    for child in run.children()[-1:] if whom == 'one' else run.children():
+        os.kill(child, signal.SIGTERM)
+    assert run.wait() == 75, run.said()
+    assert time.monotonic() - before < 30
+    assert max(run.steps()) >= 10
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(
+    program, undisturbed, victim
+):
+    run = program(**FOUR_EPOCHS).start(cpus=2)
+    run.until_said('step 20/')
+    before = time.monotonic()
+    os.kill(run.children()[victim], signal.SIGKILL)
+    assert run.wait() == 3, run.said()
+    assert time.monotonic() - before < 60
+    assert f'process {victim} was ended by SIGKILL; ending the others' in run.said()
+    assert not [found for found in run.leftovers() if found.startswith('process')]
+    assert run.run() == 1, run.said()
+    assert run.accuracies() == undisturbed.accuracies()
+
+
+def test_a_peer_that_dies_ends_a_process_that_nobody_supervises(program):
+    """As on several machines, where no launcher sees both."""
+    from scripts.launch import free_port
+
+    place = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2']
+    first, second = program('peers', **FOUR_EPOCHS), program('peers', **FOUR_EPOCHS)
+    second.output = second.output.with_suffix('.second')
+    first.start(more=[*place, '--process_id=0'])
+    second.start(more=[*place, '--process_id=1'])
+    first.until_said(TRAINING)
+    before = time.monotonic()
+    second.process.kill()
+    assert first.wait() not in (0, 1, 75)
+    assert time.monotonic() - before < 60
+    assert 'another process' in first.said() or 'another task died' in first.said()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(program):
+    wild = FOUR_EPOCHS | {'learning_rate': 1e30, 'warmup_epochs': 2, 'checkpoint_every_steps': 1}
+    run = program(**wild)
+    assert run.run() == 3, run.said()
+    assert 'is not finite at step' in run.said()
+    step = int(run.said().partition('is not finite at step ')[2].partition(';')[0])
+    kept = run.checkpoint()
+    assert int(kept['step']) < step
+    import jax
+    import numpy as np
+
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system that holds one checkpoint and not two."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip('mounting a small file system needs root')
+    yield disk
+    subprocess.run(['umount', '--lazy', str(disk)], check=True)
+
+
+def test_a_full_disk_does_not_end_the_run_and_is_reported(program, small_disk, undisturbed):
+    run = program(**FOUR_EPOCHS)
+    run.workdir.mkdir()
+    (run.workdir / 'checkpoints').symlink_to(small_disk)
+    (run.workdir / 'config.json').write_text((undisturbed.workdir / 'config.json').read_text())
+    assert run.run() == 1, run.said()
+    assert 'a checkpoint could not be saved' in run.said()
+    assert run.accuracies() == undisturbed.accuracies()
+    (run.workdir / 'checkpoints').unlink()
+
+
+# When to kill: at a random moment after the start, or when it is seen to do something.
+def soon_after_start(run, rng):
+    time.sleep(rng.uniform(0, 12))
+
+
+def in_a_step(run, rng):
+    seen = len(run.said())
+    run.until(lambda: 'step ' in run.said()[seen:])
+    time.sleep(rng.uniform(0, 0.3))
+
+
+def in_a_save(run, rng):
+    checkpoints = run.workdir / 'checkpoints'
+    run.until(lambda: any('tmp' in path.name for path in checkpoints.glob('*')))
+    time.sleep(rng.uniform(0, 0.05))
+
+
+def in_an_evaluation(run, rng):
+    before = len(run.events('eval_start'))
+    run.until(lambda: len(run.events('eval_start')) > before)
+    time.sleep(rng.uniform(0, 0.02))
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(program, undisturbed):
+    """KILLS times (6). Every kill in turn at a random moment, in a step, a save, an evaluation."""
+    kills, rng = int(os.environ.get('KILLS', '6')), random.Random(5)
+    run = program(**FOUR_EPOCHS)
+    moments = [in_a_step, in_a_save, soon_after_start, in_an_evaluation]
+    killed = 0
+    while killed < kills:
+        run.start()
+        moments[killed % len(moments)](run, rng)
+        if run.process.poll() is not None:
+            break  # It was done before we were.
+        run.process.kill()
+        run.wait()
+        killed += 1
+    assert run.run() == 1, run.said()
+    assert killed >= min(kills, 4)
+    assert_as_if_undisturbed(run, undisturbed)
+
+
+def test_kills_with_a_change_of_processes_end_at_the_same_accuracy(program, undisturbed):
+    run, rng = program(**FOUR_EPOCHS), random.Random(6)
+    for how, moment in (({'cpus': 2}, in_a_step), ({'devices': 4}, in_a_save)):
+        run.start(**how)
+        moment(run, rng)
+        victims = run.children() if 'cpus' in how else [run.process.pid]
+        os.kill(rng.choice(victims), signal.SIGKILL)
+        run.wait()
+    assert run.run() == 1, run.said()
+    assert run.accuracies() == undisturbed.accuracies()
+    assert len(run.events('run_stop')) == 1
+    assert accepted(run.workdir / 'mlperf.log')[0]

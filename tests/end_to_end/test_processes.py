@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is computed does not depend on processes, devices and accumulation: real processes."""
+
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.end_to_end.conftest import FOUR_EPOCHS
+from tests.end_to_end.program import ROOT
+from tests.harness import differences
+
+pytestmark = pytest.mark.slow
+
+# Relative to an array's largest value; for a bias relative to 1, the deviation of what it is added
+# to: biases start at 0 and have hardly moved. A ReLU at the kink (an input of 1e-7 here, -1e-7
+# there) is the largest difference seen.
+TOLERANCE = 1e-5
+LAUNCH = ROOT / 'scripts' / 'launch.py'
+DIGESTS = ROOT / 'tests' / 'end_to_end' / 'batch_digests.py'
+
+
+def assert_agree(ours, theirs):
+    """Every weight and running statistic of two checkpoints."""
+    apart = differences(ours['variables'], theirs['variables'])
+    for (name, value), array in zip(apart.items(), jax.tree.leaves(ours['variables']), strict=True):
+        size = np.abs(array).max()
+        scale = max(size, 1) if name.endswith("['bias']") else size
+        assert value * size <= TOLERANCE * scale, name
+
+
+@pytest.mark.parametrize(
+    ('name', 'how', 'per_device_batch'),
+    [
+        ('four devices', {'devices': 4}, 32),
+        ('two processes', {'cpus': 2}, 32),
+        ('four processes', {'cpus': 4}, 16),
+        ('one device, eight micro-steps', {}, 16),
+    ],
+)
+def test_thirty_steps_agree(program, undisturbed, name, how, per_device_batch):
+    run = program(name.replace(' ', '-'), **FOUR_EPOCHS, per_device_batch=per_device_batch)
+    assert run.run(**how) == 1, run.said()
+    assert_agree(undisturbed.checkpoint(30), run.checkpoint(30))
+    assert run.accuracies() == undisturbed.accuracies()
+    assert len(run.events('run_stop')) == 1
+
+
+def test_processes_are_given_the_bytes_of_the_whole_batch(digits_dir, tmp_path):
+    """Each its share, and together neither more nor less."""
+    given = []
+    for processes in (1, 2):
+        done = subprocess.run(
+            [sys.executable, LAUNCH, f'--cpus={processes}', '--', DIGESTS, digits_dir, '3'],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+        )
+        lines = [line.partition('] ')[2] for line in done.stdout.splitlines()]
+        given.append(sorted(line for line in lines if line.startswith('example ')))
+    assert len(given[0]) == 3 * 128
+    assert given[0] == given[1]
+
+
+def test_a_run_moves_between_topologies(program, undisturbed):
+    """Stopped on one process with eight devices, then on two processes, ends on one device."""
+    run = program('elastic', **FOUR_EPOCHS)
+    for how, epoch in (({'devices': 8}, 1), ({'cpus': 2}, 2)):
+        run.start(**how)
+        run.until_said(f'epoch      {epoch} ')
+        run.process.terminate()
+        assert run.wait() == 75, run.said()
+    run.run(more=['--config.per_device_batch=16'])
+    assert_agree(undisturbed.checkpoint(), run.checkpoint())
+    assert run.accuracies() == undisturbed.accuracies()
+    assert len(run.events('run_start')) == len(run.events('run_stop')) == 1
+
+
+def test_a_second_start_uses_what_the_first_compiled(program):
+    run = program(**(FOUR_EPOCHS | {'max_epochs': 1}))
+    cache = run.workdir.parent / 'compilation_cache'
+    used = []
+    for _ in range(2):
+        shutil.rmtree(run.workdir, ignore_errors=True)
+        assert run.run() == 1, run.said()
+        # JAX notes the time of every use of a program, if the cache is bounded.
+        used.append({p.name: p.read_bytes() for p in cache.glob('*step*-atime')})
+    assert any('train_step' in name for name in used[0])
+    again = {name for name, when in used[0].items() if used[1][name] != when}
+    assert len(again) == 2, 'the training and the evaluation program'
+    assert used[1].keys() == used[0].keys()
