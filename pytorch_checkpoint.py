@@ -250,9 +250,10 @@ def _refuse_half(path: Path, dtypes: Mapping[str, str]) -> None:
 def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework='np') as file:
+            names = list(file.keys())
             # Before the values: NumPy has no bfloat16.
-            _refuse_half(path, {name: file.get_slice(name).get_dtype() for name in file.keys()})
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            _refuse_half(path, {name: file.get_slice(name).get_dtype() for name in names})
+            state = {name: file.get_tensor(name) for name in names}
             return state, dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise CheckpointError(f'{path} is damaged or no safetensors file: {error}') from error
@@ -281,7 +282,8 @@ def _read_pth(path: Path) -> tuple[StateDict, dict[str, str]]:
             '`model.state_dict()` alone'
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise CheckpointError(f'{path} is damaged: {str(error).splitlines()[0]}') from error
+        reason = str(error).splitlines()[0] if str(error) else 'it ends too early'
+        raise CheckpointError(f'{path} is damaged: {reason}') from error
     if not isinstance(loaded, Mapping) or not loaded:
         raise CheckpointError(f'{path} holds no state dictionary but {type(loaded).__name__}')
     others = [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]

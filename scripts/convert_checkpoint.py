@@ -5,13 +5,14 @@
     convert_checkpoint.py from-pytorch IN.safetensors OUT_CHECKPOINT              (or IN.pth)
     convert_checkpoint.py download     URL OUT_CHECKPOINT
 
---input=reference (default): the values are copied as they are, bit for bit; the network takes RGB in
-0..255 minus the means (123.68, 116.78, 103.94).
---input=torchvision: the PyTorch side takes torchvision's inputs, (RGB / 255 - mean) / std. The scale
-is folded into the first convolution; the difference of the means, up to 0.5 grey levels, stays.
+--input=reference (default): the values are copied as they are, bit for bit; the network takes RGB
+in 0..255 minus the means (123.68, 116.78, 103.94).
+--input=torchvision: the PyTorch side takes torchvision's inputs, (RGB / 255 - mean) / std. The
+scale is folded into the first convolution; the difference of the means, up to 0.5 grey levels,
+stays.
 
-`download` fetches weights whose name ends in the first digits of their SHA-256, as torchvision's do,
-and converts them with --input=torchvision. Exit status: 0, or 2 with the output untouched.
+`download` fetches weights whose name ends in the first digits of their SHA-256, as torchvision's
+do, and converts them with --input=torchvision. Exit status: 0, or 2 with the output untouched.
 """
 
 import argparse
@@ -83,9 +84,9 @@ def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
     config = record.get('config')
     if config and config['padding'] != 'symmetric':
         raise CheckpointError(
-            f"{checkpoint} was trained with padding={config['padding']!r}; torchvision's models pad "
-            "symmetrically and would compute something else. Train with padding='symmetric' to "
-            'export'
+            f"{checkpoint} was trained with padding={config['padding']!r}; torchvision's models "
+            'pad symmetrically and would compute something else. Train with '
+            "padding='symmetric' to export"
         )
     step = int(tree['step'])
     state = pytorch_checkpoint.to_state_dict(tree['variables'], step)
@@ -144,9 +145,10 @@ def _note(convention: str) -> str:
     shifts = ', '.join(f'{shift:+.3f}' for shift in MEAN_SHIFT)
     exact = ', '.join(f'{mean / 255:.6f}' for mean in CHANNEL_MEANS)
     return (
-        " Torchvision's scale was folded into conv1.weight. The means cannot be folded (the padding "
-        f'would shift too): on the PyTorch side, Normalize(mean=({exact}), std={TORCHVISION_STD}) '
-        f"is exact; with torchvision's own mean the input is off by ({shifts}) grey levels."
+        " Torchvision's scale was folded into conv1.weight. The means cannot be folded (the "
+        'padding would shift too): on the PyTorch side, Normalize(mean='
+        f"({exact}), std={TORCHVISION_STD}) is exact; with torchvision's own mean the input is off "
+        f'by ({shifts}) grey levels.'
     )
 
 
@@ -182,8 +184,11 @@ def download(url: str, out: Path) -> str:
     if not file.exists():
         # From byte 0, so that servers with and without ranges state the whole size.
         request = urllib.request.Request(url, headers={'Range': 'bytes=0-'})
-        with urllib.request.urlopen(request, timeout=archives.TIMEOUT_SECONDS) as response:
-            size = int(response.headers['Content-Length'])
+        try:
+            with urllib.request.urlopen(request, timeout=archives.TIMEOUT_SECONDS) as response:
+                size = int(response.headers['Content-Length'])
+        except OSError as error:
+            raise CheckpointError(f'{url} cannot be fetched: {error}') from error
         archives.download(url, file, size)
     with file.open('rb') as stream:
         digest = hashlib.file_digest(stream, 'sha256').hexdigest()
@@ -195,7 +200,7 @@ def download(url: str, out: Path) -> str:
     return from_pytorch(file, out, 'torchvision')
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """The program; its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -211,7 +216,7 @@ def main() -> int:
         subparser.add_argument('out', metavar=target, type=Path)
         if command != 'download':
             subparser.add_argument('--input', choices=CONVENTIONS)
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     try:
         if flags.command == 'to-pytorch':
             done = to_pytorch(Path(flags.source), flags.out, flags.input or 'reference')
@@ -227,4 +232,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

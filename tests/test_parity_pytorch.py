@@ -8,6 +8,7 @@ Every comparison prints its figure and its tolerance:
 A relative error is the largest difference divided by the largest magnitude of the expected array.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -16,7 +17,12 @@ import pytest
 
 import image_classification
 import models
+import optimizers
 import pytorch_checkpoint
+import train_lib
+from input_pipeline import Pipeline, Share, find_dataset
+from plan import make_plan
+from tests import harness
 
 torch = pytest.importorskip('torch')
 from tests import torchvision_models  # noqa: E402
@@ -248,3 +254,128 @@ def test_fp32_gradients_equal_torchvisions(model, height, width, seed):
     mine, yours = ours(model, state, *batch, np.float32), theirs(model, state, *batch, np.float32)
     case = f'{model} {height}×{width} float32 gradients'
     agree(case, mine['gradients'], yours['gradients'], 1e-3)
+
+
+STEPS, MICRO_STEPS, BATCH = 20, 2, 32
+
+
+def trajectory_config(data_dir, model: str, optimizer: str):
+    """The digits' configuration in fp64, with a warm-up, a decay and a plateau in 20 steps."""
+    config = dict(harness.resolve('digits', data_dir)) | {
+        'model': model,
+        'optimizer': optimizer,
+        'learning_rate': {'lars': 4.0, 'sgd': 0.1}[optimizer],
+        'weight_decay': 0.0002,
+        'decay_steps': 12,
+        'label_smoothing': LABEL_SMOOTHING,
+        'global_batch_size': BATCH,
+        'bn_span': SPAN,
+        'per_device_batch': BATCH // MICRO_STEPS,
+        'dtype': 'float64',
+        'seed': 0,
+    }
+    plan = make_plan(config, num_train=1437, num_eval=360, num_devices=1)
+    assert plan.accumulation_steps == MICRO_STEPS
+    return config, dataclasses.replace(plan, warmup_steps=5)
+
+
+def train_ours(config, plan, micro_batches) -> tuple[dict, list[float], dict]:
+    """(initial variables, losses, final variables) of the training step itself, in fp64."""
+    with jax.enable_x64(True):
+        task = image_classification.ImageClassification(config, CLASSES)
+        optimizer = optimizers.create(config, plan)
+        first = jax.tree.map(lambda a: a.astype(np.float64), dict(task.init(jax.random.key(0))))
+        scale = train_lib.LossScale(jax.numpy.float64(1), jax.numpy.int32(0))
+        state = train_lib.TrainState(first, optimizer.init(first), scale)
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), (train_lib.AXIS,))
+        step = jax.jit(
+            jax.shard_map(
+                functools.partial(train_lib.train_step, task=task, optimizer=optimizer),
+                mesh=mesh,
+                in_specs=(train_lib.REPLICATED, train_lib.SHARDED, train_lib.SHARDED),
+                out_specs=train_lib.REPLICATED,
+                check_vma=False,
+            )
+        )
+        losses = []
+        for batch in micro_batches:
+            state, metrics = step(state, batch, np.zeros(1, np.int32))
+            losses.append(float(metrics['loss']))
+        means = np.reshape(losses, (-1, MICRO_STEPS)).mean(axis=1)
+        return jax.device_get(first), means.tolist(), jax.device_get(state.variables)
+
+
+def rate(config, plan, t: int) -> float:
+    """The specification's schedule, in Python's own numbers."""
+    base, end, warmup, decay = config['learning_rate'], 1e-4, plan.warmup_steps, plan.decay_steps
+    if t <= warmup:
+        return base * t / warmup
+    return (base - end) * (1 - min(t - warmup, decay) / decay) ** 2 + end
+
+
+@torch.no_grad()
+def step_theirs(config, parameters, velocities, eta: float):
+    """One step of the specification's equations, on PyTorch's gradients.
+
+    LARS: v ← μ·v - η·r·(g + λ·w), r = 0.001·‖w‖ / (‖g‖ + λ·‖w‖); r = 1 and λ = 0 for vectors.
+    SGD:  v ← μ·v - η·(g + 2·λ·w), λ = 0 for BatchNorm. Then w ← w + v.
+    """
+    decay = config['weight_decay']
+    for (name, w), v in zip(parameters, velocities, strict=True):
+        is_kernel, is_head = w.ndim > 1, name.startswith('fc.')
+        g = w.grad
+        if config['optimizer'] == 'sgd':
+            g = g + 2 * decay * w if is_kernel or is_head else g
+        elif is_kernel:
+            g = (g + decay * w) * (0.001 * w.norm() / (g.norm() + decay * w.norm()))
+        v.mul_(config['momentum']).sub_(eta * g)
+        w.add_(v)
+
+
+def train_theirs(config, plan, first: dict, micro_batches) -> tuple[list[float], dict]:
+    """The same by PyTorch: (losses, final parameters by name)."""
+    state = pytorch_checkpoint.to_state_dict(first, step=0)
+    net = torchvision_models.create(config['model'], CLASSES).double().train()
+    net.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
+    parameters = list(net.named_parameters())
+    velocities = [torch.zeros_like(w) for _, w in parameters]
+    losses = []
+    for t in range(STEPS):
+        micro = micro_batches[t * MICRO_STEPS : (t + 1) * MICRO_STEPS]
+        images = np.concatenate([batch['image'] for batch in micro])
+        labels = torch.from_numpy(np.concatenate([batch['label'] for batch in micro]))
+        images = to_nchw(images - np.array(image_classification.CHANNEL_MEANS), np.float64)
+        net.zero_grad()
+        logits = torch.cat([net(group) for group in images.split(SPAN)])
+        loss = torch.nn.functional.cross_entropy(
+            logits, labels.long(), label_smoothing=LABEL_SMOOTHING
+        )
+        loss.backward()
+        step_theirs(config, parameters, velocities, rate(config, plan, t))
+        losses.append(loss.item())
+    return losses, {name: w.detach().numpy() for name, w in parameters}
+
+
+@pytest.mark.parametrize('optimizer', ['lars', 'sgd'])
+@pytest.mark.parametrize(
+    ('model', 'enlarged'),
+    [('resnet_digits', 1), pytest.param('resnet50', 4, marks=pytest.mark.slow)],
+)
+def test_trajectories_equal_pytorchs(digits_dir, model, enlarged, optimizer):
+    """20 steps on real digits, accumulated over two micro-steps: losses and final weights."""
+    config, plan = trajectory_config(digits_dir, model, optimizer)
+    dataset = find_dataset('digits', digits_dir)
+    share = Share(0, plan.micro_batch, plan.micro_batch)
+    pipeline = Pipeline(dataset, config, config['seed'], share)
+    micro_batches = [
+        {k: v.repeat(enlarged, 1).repeat(enlarged, 2) if k == 'image' else v.copy()
+         for k, v in batch.items()}
+        for batch in pipeline.train(0, STEPS * MICRO_STEPS)
+    ]  # fmt: skip
+    first, losses, last = train_ours(config, plan, micro_batches)
+    expected_losses, expected = train_theirs(config, plan, first, micro_batches)
+    case = f'{model} {optimizer} {STEPS} steps'
+    assert losses[-1] < 0.8 * losses[0]
+    agree(f'{case} losses', {'losses': losses}, {'losses': expected_losses}, 1e-8)
+    final, _ = split(pytorch_checkpoint.to_state_dict(last, step=STEPS))
+    agree(f'{case} final weights', final, expected, 1e-8)

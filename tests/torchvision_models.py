@@ -48,6 +48,7 @@ class SmallImageResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, x):
+        """Images [N, 3, H, W] to logits [N, classes]."""
         x = self.relu(self.bn1(self.conv1(x)))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
