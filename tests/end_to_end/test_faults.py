@@ -10,7 +10,7 @@ import time
 import pytest
 
 from scripts.judge_run import accepted
-from tests.end_to_end.conftest import FOUR_EPOCHS
+from tests.end_to_end.conftest import THREE_EPOCHS
 from tests.harness import is_same
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ def assert_as_if_undisturbed(run, undisturbed):
     """The same weights bit for bit, the same evaluations, one valid log."""
     assert is_same(run.checkpoint(), undisturbed.checkpoint())
     assert run.accuracies() == undisturbed.accuracies()
-    assert [m for m in run.metrics() if 'eval_top1' in m][-1]['epoch'] >= 4
+    assert [m for m in run.metrics() if 'eval_top1' in m][-1]['epoch'] >= 3
     for key in ('init_start', 'init_stop', 'run_start', 'run_stop'):
         assert len(run.events(key)) == 1, key
     valid, said = accepted(run.workdir / 'mlperf.log')
@@ -32,7 +32,7 @@ def assert_as_if_undisturbed(run, undisturbed):
 def test_a_signal_saves_and_leaves_and_a_damaged_checkpoint_is_passed_over(
     program, undisturbed, number
 ):
-    run = program(**FOUR_EPOCHS).start()
+    run = program(**THREE_EPOCHS).start()
     run.until_said('step 25/')
     before = time.monotonic()
     run.process.send_signal(number)
@@ -57,7 +57,7 @@ def size(path):
 
 @pytest.mark.parametrize('whom', ['one', 'all'])
 def test_a_signal_to_one_process_or_to_all_stops_all_at_the_same_step(program, whom):
-    run = program(**FOUR_EPOCHS).start(cpus=2)
+    run = program(**THREE_EPOCHS).start(cpus=2)
     run.until_said(TRAINING)
     before = time.monotonic()
     for child in run.children()[-1:] if whom == 'one' else run.children():
@@ -71,7 +71,7 @@ def test_a_signal_to_one_process_or_to_all_stops_all_at_the_same_step(program, w
 def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(
     program, undisturbed, victim
 ):
-    run = program(**FOUR_EPOCHS).start(cpus=2)
+    run = program(**THREE_EPOCHS).start(cpus=2)
     run.until_said('step 20/')
     before = time.monotonic()
     os.kill(run.children()[victim], signal.SIGKILL)
@@ -88,7 +88,7 @@ def test_a_peer_that_dies_ends_a_process_that_nobody_supervises(program):
     from scripts.launch import free_port
 
     place = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2']
-    first, second = program('peers', **FOUR_EPOCHS), program('peers', **FOUR_EPOCHS)
+    first, second = program('peers', **THREE_EPOCHS), program('peers', **THREE_EPOCHS)
     second.output = second.output.with_suffix('.second')
     first.start(more=[*place, '--process_id=0'])
     second.start(more=[*place, '--process_id=1'])
@@ -101,7 +101,7 @@ def test_a_peer_that_dies_ends_a_process_that_nobody_supervises(program):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(program):
-    wild = FOUR_EPOCHS | {'learning_rate': 1e30, 'warmup_epochs': 2, 'checkpoint_every_steps': 1}
+    wild = THREE_EPOCHS | {'learning_rate': 1e30, 'warmup_epochs': 2, 'checkpoint_every_steps': 1}
     run = program(**wild)
     assert run.run() == 3, run.said()
     assert 'is not finite at step' in run.said()
@@ -127,7 +127,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_does_not_end_the_run_and_is_reported(program, small_disk, undisturbed):
-    run = program(**FOUR_EPOCHS)
+    run = program(**THREE_EPOCHS)
     run.workdir.mkdir()
     (run.workdir / 'checkpoints').symlink_to(small_disk)
     (run.workdir / 'config.json').write_text((undisturbed.workdir / 'config.json').read_text())
@@ -163,7 +163,7 @@ def in_an_evaluation(run, rng):
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(program, undisturbed):
     """KILLS times (6). Every kill in turn at a random moment, in a step, a save, an evaluation."""
     kills, rng = int(os.environ.get('KILLS', '6')), random.Random(5)
-    run = program(**FOUR_EPOCHS)
+    run = program(**THREE_EPOCHS)
     moments = [in_a_step, in_a_save, soon_after_start, in_an_evaluation]
     killed = 0
     while killed < kills:
@@ -180,7 +180,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(program
 
 
 def test_kills_with_a_change_of_processes_end_at_the_same_accuracy(program, undisturbed):
-    run, rng = program(**FOUR_EPOCHS), random.Random(6)
+    run, rng = program(**THREE_EPOCHS), random.Random(6)
     for how, moment in (({'cpus': 2}, in_a_step), ({'devices': 4}, in_a_save)):
         run.start(**how)
         moment(run, rng)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.end_to_end.conftest import FOUR_EPOCHS
+from tests.end_to_end.conftest import THREE_EPOCHS
 from tests.end_to_end.program import ROOT
 from tests.harness import differences
 
@@ -42,7 +42,7 @@ def assert_agree(ours, theirs):
     ],
 )
 def test_thirty_steps_agree(program, undisturbed, name, how, per_device_batch):
-    run = program(name.replace(' ', '-'), **FOUR_EPOCHS, per_device_batch=per_device_batch)
+    run = program(name.replace(' ', '-'), **THREE_EPOCHS, per_device_batch=per_device_batch)
     assert run.run(**how) == 1, run.said()
     assert_agree(undisturbed.checkpoint(30), run.checkpoint(30))
     assert run.accuracies() == undisturbed.accuracies()
@@ -68,7 +68,7 @@ def test_processes_are_given_the_bytes_of_the_whole_batch(digits_dir, tmp_path):
 
 def test_a_run_moves_between_topologies(program, undisturbed):
     """Stopped on one process with eight devices, then on two processes, ends on one device."""
-    run = program('elastic', **FOUR_EPOCHS)
+    run = program('elastic', **THREE_EPOCHS)
     for how, epoch in (({'devices': 8}, 1), ({'cpus': 2}, 2)):
         run.start(**how)
         run.until_said(f'epoch      {epoch} ')
@@ -81,7 +81,7 @@ def test_a_run_moves_between_topologies(program, undisturbed):
 
 
 def test_a_second_start_uses_what_the_first_compiled(program):
-    run = program(**(FOUR_EPOCHS | {'max_epochs': 1}))
+    run = program(**(THREE_EPOCHS | {'max_epochs': 1}))
     cache = run.workdir.parent / 'compilation_cache'
     used = []
     for _ in range(2):
