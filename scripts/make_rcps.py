@@ -22,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlperf_logging.rcp_checker import rcp_checker
 
-import convergence
 import hyperparameters
 import mlperf_log
-import verdicts
-from convergence import FinishedRun, RunError
+from reporting import convergence, verdicts
+from reporting.convergence import FinishedRun, RunError
 
 SMALLEST_SET = 2 * verdicts.RUNS_PER_RESULT  # MLPerf training rules: twice a result's runs.
 

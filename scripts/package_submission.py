@@ -30,12 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlperf_logging.mllog import constants
 
-import convergence
 import mlperf_log
-import system_description
-import verdicts
-from convergence import FinishedRun, RunError
-from verdicts import RULESET, RUNS_PER_RESULT
+from reporting import convergence, system_description, verdicts
+from reporting.convergence import FinishedRun, RunError
+from reporting.verdicts import RULESET, RUNS_PER_RESULT
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,11 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import charts
-import convergence
 import hyperparameters
-import verdicts
-from convergence import FinishedRun, RunError
+from reporting import charts, convergence, verdicts
+from reporting.convergence import FinishedRun, RunError
 
 STYLE = """
 :root { color-scheme: light; }

@@ -23,9 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import convergence
 import hyperparameters
 import main as program
+from reporting import convergence
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB_PER_RUN = 2  # What a small run needs; the default number of jobs is meant for small runs.

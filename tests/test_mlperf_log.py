@@ -11,10 +11,9 @@ import pytest
 import yaml
 from mlperf_logging.compliance_checker import mlp_compliance
 
-import convergence
 import hyperparameters
 import mlperf_log
-import verdicts
+from reporting import convergence, verdicts
 from tests.synthetic_runs import curve, plan_of, resolve, write_log
 
 CLOSED = {

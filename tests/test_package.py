@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import convergence
-import system_description
+from reporting import convergence, system_description
 from scripts import package_submission
 from tests.synthetic_runs import curve, plan_of, resolve, write_run, write_runs
 

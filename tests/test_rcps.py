@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
+from reporting.verdicts import converges_as, official
 from scripts import make_rcps
 from tests.synthetic_runs import COMMIT, curve, plan_of, resolve, write_run, write_runs
-from verdicts import converges_as, official
 
 EPOCHS = [10, 11, 10, 12, 11, 10, 11, 11, 9, 10]
 

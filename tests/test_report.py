@@ -10,8 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-import charts
-import convergence
+from reporting import charts, convergence
 from scripts import hyperparameter_table, report
 from tests.synthetic_runs import curve, plan_of, resolve, write_run, write_runs
 

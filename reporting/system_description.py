@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convergence import RunError
+from reporting.convergence import RunError
 
 # submission_status of the log -> the status of system descriptions from round 4.0 on.
 STATUS = {

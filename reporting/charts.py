@@ -16,8 +16,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from convergence import FinishedRun
+from reporting.convergence import FinishedRun
 
 WIDTH, HEIGHT = 4.6, 3.0  # Inches.
 RUN, MEDIAN, TARGET = '#9a9a9a', '#000000', '#b00020'
@@ -126,7 +127,7 @@ def epochs(runs: Sequence[FinishedRun], official: Sequence[int]) -> Figure:
             shares = [count / len(values) for _, count in counts]
             label = f'{label} (n = {len(values)}, mean {statistics.mean(values):.2f})'
             axes.bar(x, shares, width=0.8, label=label, **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.25)
     axes.legend(loc='upper left')
     return figure

@@ -21,8 +21,8 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.package_checker import seed_checker
 from mlperf_logging.rcp_checker import rcp_checker
 
-import convergence
 import mlperf_log
+from reporting import convergence
 
 RULESET = '4.0.0'
 RUNS_PER_RESULT = rcp_checker.submission_runs['training'][mlperf_log.BENCHMARK]
