@@ -11,11 +11,11 @@ the training loop, in threads or in processes.
 No byte of a data set is read before the first batch is asked for.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from image_cache import ImageCache
 from image_classification import PADDING_LABEL
 from image_preprocessing import (
     decode,
@@ -68,23 +69,80 @@ class Share:
 
 
 class Images:
-    """A split's examples as pixels and labels, decoded once if all of them fit into the memory."""
+    """A split's examples as pixels and labels; decoded once if all of them fit into the memory."""
 
-    def __init__(self, records: Records, count: int, config: Mapping[str, Any]):
-        self._records, self._count = records, count
+    def __init__(self, records: Records, count: int, config: Mapping[str, Any], threads: int):
+        self._records, self._threads = records, threads
         self._size, self._augmentation = config['image_size'], config['augmentation']
-        self._lock = threading.Lock()
-        self._cache: tuple[np.ndarray, np.ndarray] | None = None
-        self._keep = (
-            self._augmentation != 'crop_resize'
-            and count * self._size**2 * 3 <= config['cache_gib'] * 2**30
-        )
+        self._padding = self._size // 8 if self._augmentation.startswith('pad_crop') else 0
+        self._flip = self._augmentation == 'pad_crop_flip'
+        room = (count, self._size, self._padding)
+        fits = self._augmentation != 'crop_resize' and ImageCache.gib(*room) <= config['cache_gib']
+        self._cache = ImageCache(*room) if fits else None
 
-    def __getstate__(self):
-        return self.__dict__ | {'_lock': None, '_cache': None}
+    def train(self, indices: np.ndarray, positions: np.ndarray, seed: int):
+        """Examples `indices`, augmented as those at `positions`, both int [n].
 
-    def __setstate__(self, state):
-        self.__dict__ = state | {'_lock': threading.Lock()}
+        Returns:
+          (uint8 [n, H, W, 3], int32 [n]): images and labels.
+        """
+
+        def where(i: int) -> str:
+            return f'at training position {positions[i]}: '
+
+        def write(i: int, out: np.ndarray) -> int:
+            return self._train(int(indices[i]), _generator(seed, _AUGMENTATION, positions[i]), out)
+
+        if self._cache is None:
+            return self._one_by_one(indices, write, where)
+        self._decode_missing(self._cache, indices, where)
+        drawn = _first_three(seed, _AUGMENTATION, positions)
+        y, x = (drawn[:, :2] * (2 * self._padding + 1)).astype(np.int64).T
+        return self._cache.cut(indices, y, x, (drawn[:, 2] < 0.5) & self._flip)
+
+    def evaluation(self, indices: np.ndarray):
+        """Examples `indices`, int [n], as they are evaluated; returns as `train`."""
+
+        def where(i: int) -> str:
+            return 'in evaluation: '
+
+        def write(i: int, out: np.ndarray) -> int:
+            return self._evaluation(int(indices[i]), out)
+
+        if self._cache is None:
+            return self._one_by_one(indices, write, where)
+        self._decode_missing(self._cache, indices, where)
+        middle = np.full(len(indices), self._padding)
+        return self._cache.cut(indices, middle, middle, np.zeros(len(indices), bool))
+
+    def _one_by_one(self, indices: np.ndarray, write: Callable, where: Callable):
+        images = np.empty((len(indices), self._size, self._size, 3), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+
+        def fill_one(i: int) -> None:
+            with self._blaming(indices[i], where(i)):
+                labels[i] = write(i, images[i])
+
+        _fill(fill_one, range(len(indices)), self._threads)
+        return images, labels
+
+    def _decode_missing(self, cache: ImageCache, indices: np.ndarray, where: Callable) -> None:
+        def fill_one(i: int) -> None:
+            index = int(indices[i])
+            with self._blaming(index, where(i)):
+                cache.put(index, *self._decode(index))
+
+        _fill(fill_one, np.flatnonzero(~cache.has(indices)).tolist(), self._threads)
+
+    @contextlib.contextmanager
+    def _blaming(self, index: int, where: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise DataError(
+                f'{where}{self._records.name(int(index))} cannot be used: {error}; find all such '
+                'records with: scripts/verify_dataset.sh --full'
+            ) from error
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
         encoded, label = self._records[index]
@@ -95,48 +153,14 @@ class Images:
             )
         return image, label
 
-    def _decoded(self, index: int) -> tuple[np.ndarray, int]:
-        if not self._keep:
-            return self._decode(index)
-        with self._lock:
-            if self._cache is None:
-                pairs = [self._guarded(self._decode, i) for i in range(self._count)]
-                self._cache = (
-                    np.stack([image for image, _ in pairs]),
-                    np.array([label for _, label in pairs], np.int32),
-                )
-        images, labels = self._cache
-        return images[index], labels[index]
-
-    def _guarded(self, function, index: int, *args):
-        try:
-            return function(index, *args)
-        except Exception as error:
-            raise DataError(
-                f'{self._records.name(index)} cannot be used: {error}; find all such records '
-                'with: scripts/verify_dataset.sh --full'
-            ) from error
-
-    def train(self, index: int, rng: np.random.Generator, out: np.ndarray) -> int:
-        """Writes example `index`, augmented by `rng`, into `out` (uint8 [H, W, 3]); its label."""
-        return self._guarded(self._train, index, rng, out)
-
     def _train(self, index: int, rng: np.random.Generator, out: np.ndarray) -> int:
         if self._augmentation == 'crop_resize':
             encoded, label = self._records[index]
             decode_and_random_crop(encoded, rng, size=self._size, out=out)
             return label
-        image, label = self._decoded(index)
-        if self._augmentation == 'none':
-            out[...] = image
-        else:
-            flip = self._augmentation == 'pad_crop_flip'
-            pad_and_random_crop(image, rng, padding=self._size // 8, flip=flip, out=out)
+        image, label = self._decode(index)
+        pad_and_random_crop(image, rng, padding=self._padding, flip=self._flip, out=out)
         return label
-
-    def evaluation(self, index: int, out: np.ndarray) -> int:
-        """Writes example `index` as it is evaluated into `out`; its label."""
-        return self._guarded(self._evaluation, index, out)
 
     def _evaluation(self, index: int, out: np.ndarray) -> int:
         if self._augmentation == 'crop_resize':
@@ -144,7 +168,7 @@ class Images:
             resize_min = round(self._size / CENTRAL_FRACTION)
             decode_and_center_crop(encoded, size=self._size, resize_min=resize_min, out=out)
             return label
-        out[...], label = self._decoded(index)
+        out[...], label = self._decode(index)
         return label
 
 
@@ -152,6 +176,18 @@ def _generator(seed: int, purpose: int, counter: int) -> np.random.Generator:
     """Philox with (seed, purpose) as its key: streams of different counters never meet."""
     key = np.array([seed, purpose], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, counter]))
+
+
+def _first_three(seed: int, purpose: int, counters: np.ndarray) -> np.ndarray:
+    """The first three numbers of each counter's generator, float64 [n, 3], without making it."""
+    generator = _generator(seed, purpose, 0)
+    state = generator.bit_generator.state
+    numbers = np.empty((len(counters), 3))
+    for counter, row in zip(counters, numbers, strict=True):
+        state['state']['counter'][3] = counter
+        generator.bit_generator.state = state
+        generator.random(out=row)
+    return numbers
 
 
 @functools.lru_cache(maxsize=3)
@@ -166,59 +202,43 @@ def _decoders(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, 'decode')
 
 
-def _fill(fill_one: Callable[[int], None], count: int, threads: int) -> None:
-    """Calls fill_one(0), …, fill_one(count - 1), in this process's decoding threads."""
+def _fill(fill_one: Callable[[int], None], which: Sequence[int], threads: int) -> None:
+    """Calls fill_one for each number in `which`, in this process's decoding threads."""
 
     def fill_some(first: int) -> None:
-        for i in range(first, min(first + EXAMPLES_AT_A_TIME, count)):
+        for i in which[first : first + EXAMPLES_AT_A_TIME]:
             fill_one(i)
 
-    for _ in _decoders(threads).map(fill_some, range(0, count, EXAMPLES_AT_A_TIME)):
+    for _ in _decoders(threads).map(fill_some, range(0, len(which), EXAMPLES_AT_A_TIME)):
         pass
 
 
 def _load_train(
-    micro_step: int,
-    *,
-    images: Images,
-    num_examples: int,
-    size: int,
-    seed: int,
-    share: Share,
-    threads: int,
+    micro_step: int, *, images: Images, num_examples: int, seed: int, share: Share
 ) -> dict[str, np.ndarray]:
     """This process's share of a micro-step: a pure function of (seed, micro_step)."""
-    image = np.empty((share.size, size, size, 3), np.uint8)
-    label = np.empty((share.size,), np.int32)
-    first = micro_step * share.whole + share.start
-
-    def fill_one(i: int) -> None:
-        position = first + i
-        epoch, place = divmod(position, num_examples)
-        index = int(example_order(seed, epoch, num_examples)[place])
-        rng = _generator(seed, _AUGMENTATION, position)
-        try:
-            label[i] = images.train(index, rng, image[i])
-        except DataError as error:
-            raise DataError(f'at training position {position}: {error}') from error
-
-    _fill(fill_one, share.size, threads)
+    positions = micro_step * share.whole + share.start + np.arange(share.size)
+    epochs, places = np.divmod(positions, num_examples)
+    indices = np.concatenate([
+        example_order(seed, int(epoch), num_examples)[places[epochs == epoch]]
+        for epoch in range(epochs[0], epochs[-1] + 1)
+    ])  # fmt: skip
+    image, label = images.train(indices, positions, seed)
     return {'image': image, 'label': label}
 
 
 def _load_eval(
-    number: int, *, images: Images, num_examples: int, size: int, share: Share, threads: int
+    number: int, *, images: Images, num_examples: int, share: Share
 ) -> dict[str, np.ndarray]:
     """This process's share of evaluation batch `number`; past the set's end it is padding."""
-    image = np.zeros((share.size, size, size, 3), np.uint8)
-    label = np.full((share.size,), PADDING_LABEL, np.int32)
     first = number * share.whole + share.start
-
-    def fill_one(i: int) -> None:
-        label[i] = images.evaluation(first + i, image[i])
-
-    _fill(fill_one, min(share.size, max(num_examples - first, 0)), threads)
-    return {'image': image, 'label': label}
+    indices = np.arange(first, max(min(first + share.size, num_examples), first))
+    image, label = images.evaluation(indices)
+    absent = share.size - len(indices)
+    return {
+        'image': np.pad(image, ((0, absent), (0, 0), (0, 0), (0, 0))),
+        'label': np.pad(label, (0, absent), constant_values=PADDING_LABEL),
+    }
 
 
 def _ahead(load, first: int, stop: int, config: Mapping[str, Any]) -> Iterator[Any]:
@@ -249,19 +269,18 @@ class Pipeline:
         self._config = dict(config)
         evaluation = EVAL_SPLIT[dataset.name]
         threads = config['data_threads'] or len(os.sched_getaffinity(0))
-        shared = {'size': config['image_size'], 'share': share, 'threads': threads}
         self._load_train = functools.partial(
             _load_train,
-            images=Images(Records(dataset, 'train'), dataset.num_train, config),
+            images=Images(Records(dataset, 'train'), dataset.num_train, config, threads),
             num_examples=dataset.num_train,
             seed=seed,
-            **shared,
+            share=share,
         )
         self._load_eval = functools.partial(
             _load_eval,
-            images=Images(Records(dataset, evaluation), dataset.num_eval, config),
+            images=Images(Records(dataset, evaluation), dataset.num_eval, config, threads),
             num_examples=dataset.num_eval,
-            **shared,
+            share=share,
         )
         self._eval_batches = -(-dataset.num_eval // share.whole)
 
