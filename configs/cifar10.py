@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.bn_span = 64
     config.optimizer = 'lars'
     config.learning_rate = 5.0
-    config.warmup_epochs = 3
+    config.warmup_epochs = 3.0
     config.decay_steps = 2637  # 27 epochs
     config.weight_decay = 0.0002
     config.label_smoothing = 0.1

@@ -17,6 +17,9 @@ _MODELS = {
     'resnet18_cifar': functools.partial(
         ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False, width=64, large_stem=False
     ),
+    'resnet8_cifar': functools.partial(
+        ResNet, stage_sizes=(1, 1, 1), bottleneck=False, width=8, large_stem=False
+    ),
     'resnet_digits': functools.partial(
         ResNet, stage_sizes=(1, 1, 1), bottleneck=True, width=16, large_stem=False
     ),
