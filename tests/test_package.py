@@ -57,6 +57,7 @@ def test_official_checkers_accept_the_tree(runs, capsys):
     assert not [path for path in tree.rglob('*') if path.name.startswith('.')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('epochs', 'status'), [([40, 40, 40, 44, 40], 0), ([32] * 5, 1)])
 def test_closed_imagenet_results_are_held_against_the_official_points(
     tmp_path, commit, capsys, epochs, status
