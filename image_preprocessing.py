@@ -147,12 +147,9 @@ def decode_and_random_crop(
         image = decode(encoded)
     if not height_at:
         y, x, height, width = sample_crop(image.shape[0], image.shape[1], rng)
-    step = width / size
-    first = 0.0
-    if rng.random() < 0.5:
-        first, step = (size - 1) * step, -step
-    crop = image[y : y + height, x : x + width]
-    return _sample(crop, (0.0, first), (height / size, step), size, out)
+    step = (height / size, width / size)
+    mirror = rng.random() < 0.5
+    return _sample(image, (y, x, height, width), (0.0, 0.0), step, size, mirror, out)
 
 
 def decode_and_center_crop(
@@ -169,7 +166,7 @@ def decode_and_center_crop(
     new_height, new_width = int(np.float32(height) * scale), int(np.float32(width) * scale)
     step_y, step_x = height / new_height, width / new_width
     first = ((new_height - size) // 2 * step_y, (new_width - size) // 2 * step_x)
-    return _sample(image, first, (step_y, step_x), size, out)
+    return _sample(image, (0, 0, height, width), first, (step_y, step_x), size, False, out)
 
 
 def pad_and_random_crop(
@@ -206,15 +203,17 @@ def pad_and_random_crop(
 
 def _sample(
     image: np.ndarray,
+    box: tuple[int, int, int, int],
     first: tuple[float, float],
     step: tuple[float, float],
     size: int,
+    mirror: bool,
     out: np.ndarray | None,
 ) -> np.ndarray:
-    """Samples `image` bilinearly at `first + i·step` in y and x, to uint8[size,size,3].
+    """As `resampling.sample`, to uint8[size,size,3]."""
+    import resampling  # compiles or loads machine code, which small images can do without
 
-    Beyond the border the last row or column is repeated.
-    """
-    matrix = np.array([[step[1], 0, first[1]], [0, step[0], first[0]]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(image, matrix, (size, size), out, flags, cv2.BORDER_REPLICATE)
+    if out is None:
+        out = np.empty((size, size, 3), np.uint8)
+    resampling.sample(image.reshape(-1), image.shape[1], box, first, step, mirror, out)
+    return out
