@@ -75,7 +75,7 @@ class EventLog:
             whole = path.read_text()
             kept = whole[: whole.rfind('\n') + 1]  # A killed process may leave half a line.
             if kept != whole:
-                path.write_text(kept)
+                os.truncate(path, len(kept.encode()))
             for event in read(path):
                 self._remember(event['event_type'], event['key'], event['metadata'], event)
         logger = logging.Logger(str(path))

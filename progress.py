@@ -12,9 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from plan import Plan
+
+# tensorboardX imports PyTorch where it is installed, seconds for nothing that is used here.
+sys.modules.setdefault('torch', None)  # type: ignore[arg-type]
+try:
+    from tensorboardX import SummaryWriter
+finally:
+    if sys.modules['torch'] is None:
+        del sys.modules['torch']
 
 
 def _duration(seconds: float) -> str:
@@ -42,7 +48,9 @@ class Progress:
         path = workdir / 'metrics.jsonl'
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _is_before(line, first_step)]
-            path.write_text(''.join(f'{line}\n' for line in lines))
+            whole = path.with_suffix('.part')  # A kill in between must not cost the file.
+            whole.write_text(''.join(f'{line}\n' for line in lines))
+            whole.replace(path)
         self._file = path.open('a')
         self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=first_step + 1)
 
