@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from mlperf_logging.mllog import constants
 
 from reporting.convergence import FinishedRun
 
@@ -143,14 +144,23 @@ def learning_rate(run: FinishedRun) -> Figure:
     return figure
 
 
+def images_per_second(run: FinishedRun) -> list[tuple[float, float]]:
+    """The (last epoch, images per second) of every block of training, by the MLPerf log's times."""
+    images = run.logged(constants.TRAIN_SAMPLES)
+    return [
+        (
+            block['first_epoch_num'] + block['epoch_count'] - 1,
+            block['epoch_count'] * images / seconds,
+        )
+        for block, seconds in run.spans(constants.BLOCK_START, constants.BLOCK_STOP)
+        if seconds > 0
+    ]
+
+
 def throughput(runs: Sequence[FinishedRun]) -> Figure:
     """Images per second while training."""
     figure, axes = _figure('epoch', 'images/s', height=2.4)
-    curves = [
-        [(line['epoch'], line['images_per_second']) for line in run.metrics if 'loss' in line]
-        for run in runs
-    ]
-    _all_and_median(axes, curves)
+    _all_and_median(axes, [images_per_second(run) for run in runs])
     axes.set_ylim(bottom=0)
     axes.legend(loc='lower right')
     return figure
@@ -158,13 +168,19 @@ def throughput(runs: Sequence[FinishedRun]) -> Figure:
 
 def time_split(run: FinishedRun) -> Mapping[str, float]:
     """Seconds of a run between run_start and run_stop, by what they were spent on."""
-    lines = run.metrics
-    training = [line for line in lines if 'seconds' in line]
+    lines = [line for line in run.metrics if 'seconds' in line]
+    waited = sum(line['input_wait'] * line['seconds'] for line in lines)
+    share = waited / max(sum(line['seconds'] for line in lines), 1e-9)
+
+    def total(start: str, stop: str) -> float:
+        return sum(seconds for _, seconds in run.spans(start, stop))
+
+    training = total(constants.BLOCK_START, constants.BLOCK_STOP)
     split = {
-        'waiting for input': sum(line['input_wait'] * line['seconds'] for line in training),
-        'training step': sum((1 - line['input_wait']) * line['seconds'] for line in training),
-        'evaluation': sum(line.get('eval_seconds', 0.0) for line in lines),
-        'checkpoint': sum(line.get('checkpoint_seconds', 0.0) for line in lines),
+        'waiting for input': share * training,
+        'training step': (1 - share) * training,
+        'evaluation': total(constants.EVAL_START, constants.EVAL_STOP),
+        'checkpoint': sum(line.get('checkpoint_seconds', 0.0) for line in run.metrics),
     }
     return split | {'other': max(60 * run.minutes - sum(split.values()), 0.0)}
 

@@ -77,6 +77,16 @@ class FinishedRun:
         lines = (self.directory / 'metrics.jsonl').read_text().splitlines()
         return [json.loads(line) for line in lines]
 
+    def spans(self, start: str, stop: str) -> list[tuple[Mapping[str, Any], float]]:
+        """The (metadata of the start, seconds) of every interval between two keys of the log."""
+        spans, begun = [], None
+        for event in self.events:
+            if event['key'] == start:
+                begun = event
+            elif event['key'] == stop and begun is not None:
+                spans.append((begun['metadata'], (event['time_ms'] - begun['time_ms']) / 1000))
+        return spans
+
     def logged(self, key: str) -> Any:
         """The value of the log's line with this key."""
         return self._first(key)['value']
