@@ -14,7 +14,9 @@ No byte of a data set is read before the first batch is asked for.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -116,7 +118,7 @@ class Images:
         return self._cache.cut(indices, middle, middle, np.zeros(len(indices), bool))
 
     def _one_by_one(self, indices: np.ndarray, write: Callable, where: Callable):
-        images = np.empty((len(indices), self._size, self._size, 3), np.uint8)
+        images = _recycled((len(indices), self._size, self._size, 3))
         labels = np.empty(len(indices), np.int32)
 
         def fill_one(i: int) -> None:
@@ -194,6 +196,26 @@ def _first_three(seed: int, purpose: int, counters: np.ndarray) -> np.ndarray:
 def example_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     """Epoch `epoch`'s permutation of the training set (epochs from 0 here), int [num_examples]."""
     return _generator(seed, _ORDER, epoch).permutation(num_examples)
+
+
+_free_memory: dict[int, list[bytearray]] = {}
+
+
+def _recycled(shape: tuple[int, ...]) -> np.ndarray:
+    """A uint8 array in the memory of one that nothing refers to any more, if there is one.
+
+    Fresh memory costs a batch of photographs some of its time, in page faults. All views of an
+    array keep alive the one at their bottom, `flat`, and with it the memory.
+    """
+    size = math.prod(shape)
+    free = _free_memory.setdefault(size, [])
+    try:
+        memory = free.pop()
+    except IndexError:
+        memory = bytearray(size)
+    flat = np.frombuffer(memoryview(memory), np.uint8)
+    weakref.finalize(flat, free.append, memory)
+    return flat.reshape(shape)
 
 
 @functools.cache
