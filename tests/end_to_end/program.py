@@ -54,15 +54,19 @@ class Program:
         """What it has printed since it was started."""
         return self.output.read_text()
 
-    def wait(self, timeout=300) -> int:
+    def wait(self, timeout=900) -> int:
         """Waits for its end; its exit status."""
-        return self.process.wait(timeout)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise
 
     def run(self, **how) -> int:
         """Starts it and waits for its end."""
         return self.start(**how).wait()
 
-    def until(self, holds, timeout=300) -> None:
+    def until(self, holds, timeout=900) -> None:
         """Waits until a condition holds, or the program has ended."""
         end = time.monotonic() + timeout
         while not holds() and self.process.poll() is None:
