@@ -30,7 +30,7 @@ class CheckpointError(RuntimeError):
 def to_tree(state: TrainState) -> dict[str, Any]:
     """What is worth keeping of a state between two optimizer steps, as nested dicts.
 
-    The accumulator of `optax.MultiSteps` is left out: it is zero there, and its presence must not
+    The accumulator of `optax.MultiSteps` is left out: it is zero or absent there, and must not
     tie the checkpoint to a number of accumulation steps.
     """
     return {
@@ -85,7 +85,10 @@ def initial_weights(path: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       CheckpointError: when it is no checkpoint of this model.
     """
-    theirs = read(path)[0]['variables']
+    try:
+        theirs = read(path)[0]['variables']
+    except CheckpointError as error:
+        raise CheckpointError(f'init_from={path}: {error}') from error
     a, b = _described(ours), _described(theirs)
     differ = sorted(name for name in a | b if a.get(name) != b.get(name))
     if [name for name in differ if not name.startswith('params/fc/')]:
@@ -219,15 +222,27 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       CheckpointError: when it is missing, or is not what was written.
     """
+    directory = directory.resolve()  # Orbax takes no relative paths.
     if not (directory / 'state').is_dir():
         raise CheckpointError(f'{directory} is no checkpoint: it has no folder "state"')
+    try:
+        restored = _restore(directory)
+    except Exception as error:  # Orbax, TensorStore and JSON have many for a damaged file.
+        raise CheckpointError(f'it cannot be read: {_first_line(error)}') from error
+    tree, record = jax.tree.map(np.asarray, restored['state']), restored['record']
+    if checksum(tree) != record['checksum']:
+        raise CheckpointError('its checksum is not the one that was written')
+    return tree, record
+
+
+def _restore(directory: Path) -> Mapping[str, Any]:
     with ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
             state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler()
         )
     ) as checkpointer:
         abstract = checkpointer.metadata(directory).item_metadata['state']
-        restored = checkpointer.restore(
+        return checkpointer.restore(
             directory,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(
@@ -236,10 +251,6 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 record=ocp.args.JsonRestore(),
             ),
         )
-    tree, record = jax.tree.map(np.asarray, restored['state']), restored['record']
-    if checksum(tree) != record['checksum']:
-        raise CheckpointError('its checksum is not the one that was written')
-    return tree, record
 
 
 def write(directory: Path, tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:

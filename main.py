@@ -2,13 +2,16 @@
 """Trains a configuration to its target.
 
     main.py --config=configs/digits.py --workdir=runs/digits [--config.NAME=VALUE …]
+    main.py --config=configs/digits.py --mode=eval --config.init_from=runs/digits/checkpoints/STEP
 
+The second evaluates a checkpoint over the whole set, prints top-1 and loss, and writes nothing.
 The same command goes on with a run that was interrupted. Exit status: 0 the target was reached,
 1 it was missed, 2 the run was refused before it began, 3 it failed, 75 it was interrupted and
 saved.
 """
 
 import argparse
+import json
 import os
 import runpy
 import signal
@@ -25,6 +28,14 @@ COMPILATION_CACHE_BYTES = 2 << 30
 FLAG = '--config.'
 
 
+def _steps(text: str) -> tuple[int, int]:
+    """The steps of START:STOP."""
+    first, _, stop = text.partition(':')
+    if not (first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not START:STOP with 0 ≤ START < STOP')
+    return int(first), int(stop)
+
+
 def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Splits the command line into the program's own flags and the configuration's."""
     parser = argparse.ArgumentParser(
@@ -33,7 +44,8 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--config', default='configs/digits.py', help='FILE.py or FILE.py:ARGUMENT')
-    parser.add_argument('--workdir', type=Path, required=True, help='everything is written here')
+    parser.add_argument('--mode', choices=('train', 'eval'), default='train', help='default: train')
+    parser.add_argument('--workdir', type=Path, help='everything is written here; not for eval')
     parser.add_argument(
         '--coordinator', metavar='HOST:PORT', help='of process 0; several processes'
     )
@@ -46,6 +58,13 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str
         metavar='SECONDS',
         help='a process that has not joined the others by then ends the start (default: 300)',
     )
+    parser.add_argument(
+        '--profile',
+        type=_steps,
+        metavar='START:STOP',
+        help='writes a trace of these optimizer steps, from 0, into WORKDIR/profile (TensorBoard '
+        'with XProf and Perfetto open it); the steps before them compile and warm up',
+    )
     fields = parser.add_argument_group('configuration', 'each overrides the field of the file')
     for entry in hyperparameters.TABLE:
         optional = ' or none' if entry.optional else ''
@@ -56,6 +75,8 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str
             help=f'{entry.help} ({rule})'.replace('%', '%%'),
         )
     flags, unknown = parser.parse_known_args(arguments)
+    if flags.mode == 'train' and flags.workdir is None:
+        parser.error('the following arguments are required: --workdir')
     overrides = {
         name.removeprefix('config.'): value
         for name, value in vars(flags).items()
@@ -87,7 +108,7 @@ def load_config(specification: str) -> Mapping[str, Any]:
         raise ValueError(f'--config={specification}: {error}') from error
 
 
-def prepare_jax(config: Mapping[str, Any], workdir: Path) -> None:
+def prepare_jax(config: Mapping[str, Any], workdir: Path | None) -> None:
     """Settings that JAX reads when it is imported or started."""
     if config['deterministic']:
         flags = '--xla_gpu_exclude_nondeterministic_ops=true'
@@ -96,8 +117,9 @@ def prepare_jax(config: Mapping[str, Any], workdir: Path) -> None:
 
     import jax
 
-    cache = workdir.resolve().parent / 'compilation_cache'
-    jax.config.update('jax_compilation_cache_dir', str(cache))
+    if workdir is not None:  # Without one, nothing is written.
+        cache = workdir.resolve().parent / 'compilation_cache'
+        jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_compilation_cache_max_size', COMPILATION_CACHE_BYTES)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
     # It would answer SIGTERM in our place (see distributed.StopRequest).
@@ -109,6 +131,7 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
     prepare_jax(config, flags.workdir)
     import checkpointing
     import distributed
+    import evaluation
     import input_pipeline
     import mlperf_log
     import train_loop
@@ -128,7 +151,12 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
         distributed.initialize(
             flags.coordinator, flags.num_processes, flags.process_id, flags.start_timeout
         )
-        outcome = train_loop.train_and_evaluate(config, dataset, flags.workdir)
+        if flags.mode == 'eval':
+            result = evaluation.evaluate(config, dataset)
+            if distributed.is_lead():
+                print(json.dumps(result), flush=True)
+            return EXIT_REACHED
+        outcome = train_loop.train_and_evaluate(config, dataset, flags.workdir, flags.profile)
     except refused as error:
         return complain(error, EXIT_REFUSED)
     except failed as error:

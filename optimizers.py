@@ -29,7 +29,7 @@ def learning_rate_schedule(config: Mapping[str, Any], plan: Plan) -> optax.Sched
     warmup, decay = plan.warmup_steps, plan.decay_steps
 
     def schedule(step):
-        t = jnp.asarray(step, jnp.float32)
+        t = jnp.asarray(step, float)  # fp32, but for tests in fp64
         rising = base * t / max(warmup, 1)
         done = jnp.clip((t - warmup) / max(decay, 1), 0.0, 1.0)
         if decay == 0:  # Allowed for SGD: the decay is over where it begins.
@@ -105,6 +105,26 @@ def sgd(
     )
 
 
+class SingleStep(optax.MultiSteps):
+    """`optax.MultiSteps` for k = 1: the same updates, without an accumulator of the gradient."""
+
+    def __init__(self, transform: optax.GradientTransformation):
+        super().__init__(transform, 1)
+
+    def init(self, params: Any) -> optax.MultiStepsState:
+        """The state before the first step."""
+        zero = jnp.zeros((), jnp.int32)
+        return optax.MultiStepsState(zero, zero, self.inner_opt.init(params), acc_grads=())
+
+    def update(self, updates: Any, state: optax.MultiStepsState, params: Any = None, **extra_args):
+        """The wrapped transformation's updates, and the next state."""
+        updates, inner = self.inner_opt.update(
+            updates, state.inner_opt_state, params=params, **extra_args
+        )
+        step = state.gradient_step + 1
+        return updates, state._replace(inner_opt_state=inner, gradient_step=step)
+
+
 def create(config: Mapping[str, Any], plan: Plan) -> optax.MultiSteps:
     """The optimizer of a run: of weights and running statistics, over k micro-steps.
 
@@ -121,4 +141,6 @@ def create(config: Mapping[str, Any], plan: Plan) -> optax.MultiSteps:
         {'weights': weights, 'statistics': optax.sgd(1 - BATCH_NORM_MOMENTUM)},
         {'params': 'weights', 'batch_stats': 'statistics'},
     )
+    if plan.accumulation_steps == 1:
+        return SingleStep(both)
     return optax.MultiSteps(both, plan.accumulation_steps)

@@ -40,7 +40,8 @@ class TrainState:
 
     Attributes:
       variables: {'params': …, 'batch_stats': …}, fp32; batch_stats are the running statistics.
-      opt_state: of `optax.MultiSteps`; between optimizer steps its accumulator is zero.
+      opt_state: of `optax.MultiSteps`; between optimizer steps its accumulator is zero, and with
+        one micro-step to a step there is none.
       loss_scale: 1 and constant unless the dtype is float16.
     """
 
@@ -190,8 +191,10 @@ def make_mesh() -> Mesh:
     return Mesh(np.array(jax.devices()), (AXIS,))
 
 
-def compile_steps(task: Any, optimizer: optax.MultiSteps, micro_batch: int, mesh: Mesh) -> Programs:
-    """Compiles initialisation, training and evaluation for batches of `micro_batch` examples.
+def lower_steps(
+    task: Any, optimizer: optax.MultiSteps, micro_batch: int, mesh: Mesh
+) -> tuple[Callable, jax.stages.Lowered, jax.stages.Lowered]:
+    """Initialisation, training and evaluation for batches of `micro_batch` examples, uncompiled.
 
     The replication checker of `shard_map` is off: with it, the gradient by a replicated weight is
     summed over the devices implicitly, and here the average is taken explicitly.
@@ -227,11 +230,21 @@ def compile_steps(task: Any, optimizer: optax.MultiSteps, micro_batch: int, mesh
     evaluate = jax.jit(
         lifted(functools.partial(eval_step, task=task), (REPLICATED, SHARDED, SHARDED), REPLICATED)
     )
+    return (
+        init,
+        train.lower(placed(state, replicated), batch, stop),
+        evaluate.lower(placed(state.variables, replicated), batch, stop),
+    )
+
+
+def compile_steps(task: Any, optimizer: optax.MultiSteps, micro_batch: int, mesh: Mesh) -> Programs:
+    """Compiles a run's programs for batches of `micro_batch` examples; see `lower_steps`."""
+    init, train, evaluate = lower_steps(task, optimizer, micro_batch, mesh)
     return Programs(
         mesh=mesh,
         init=init,
-        train=train.lower(placed(state, replicated), batch, stop).compile(),
-        evaluate=evaluate.lower(placed(state.variables, replicated), batch, stop).compile(),
-        replicated=replicated,
-        sharded=sharded,
+        train=train.compile(),
+        evaluate=evaluate.compile(),
+        replicated=NamedSharding(mesh, REPLICATED),
+        sharded=NamedSharding(mesh, SHARDED),
     )

@@ -30,6 +30,7 @@ from image_classification import ImageClassification
 from input_pipeline import Dataset, Pipeline
 from mlperf_log import EventLog
 from plan import Evaluation, Plan, make_plan
+from profiling import Trace
 from progress import Progress
 from train_lib import Programs, TrainState
 
@@ -89,8 +90,10 @@ class Run:
         workdir: Path,
         log: EventLog,
         stop: StopRequest,
+        trace: Trace,
     ):
         self.config, self.plan, self.log, self.stop = config, plan, log, stop
+        self.trace = trace
         lead = distributed.is_lead()
         mesh = train_lib.make_mesh()
         self.task = ImageClassification(config, dataset.num_classes)
@@ -141,6 +144,7 @@ class Run:
             self._clock,
         )
         while self.step < last_step and not self._stopped:
+            self.trace.at(self.step, self.state)
             metrics = []
             for _ in range(micro_steps):
                 flags = self.stop.flags(self.programs)
@@ -265,18 +269,25 @@ class Run:
             if self.checkpoints:
                 self.checkpoints.close()
             self.progress.close()
+            self.trace.end(self.state)
         if outcome is not Outcome.INTERRUPTED:
             self.log.run_stop(outcome is Outcome.REACHED)
         return outcome
 
 
-def train_and_evaluate(config: Mapping[str, Any], dataset: Dataset, workdir: Path) -> Outcome:
+def train_and_evaluate(
+    config: Mapping[str, Any],
+    dataset: Dataset,
+    workdir: Path,
+    profile: tuple[int, int] | None = None,
+) -> Outcome:
     """Runs a configuration to its end, or goes on with what the work directory holds.
 
     Args:
       config: resolved; without a seed, one is drawn from the system's entropy.
       dataset: what it trains on.
       workdir: where everything that it writes goes.
+      profile: optimizer steps [start, stop) to trace (see profiling.Trace).
 
     Raises:
       ConfigError, WorkDirectoryError, CheckpointError: before the clock starts.
@@ -304,7 +315,8 @@ def train_and_evaluate(config: Mapping[str, Any], dataset: Dataset, workdir: Pat
     log.init_start()
     log.header(config, plan)
     stop = StopRequest()
-    run = Run(config, plan, dataset, workdir, log, stop)
+    trace = Trace(workdir / 'profile', profile if lead else None)
+    run = Run(config, plan, dataset, workdir, log, stop, trace)
     log.init_stop()
     log.run_start()
     stop.listen()

@@ -17,6 +17,9 @@ from jax import lax
 from models.batch_norm import BatchNorm
 from models.pooling import max_pool_3x3_stride_2
 
+# fp32 is computed in fp32, also in the gradients; without it, in TF32 on Ampere and later.
+PRECISION = lax.Precision.HIGHEST
+
 Padding = Literal['symmetric', 'same']
 
 # Variance 2 / fan-in; He et al. 2015, arXiv:1502.01852, equation 10.
@@ -62,8 +65,7 @@ class Convolution(nn.Module):
             window_strides=(self.stride, self.stride),
             padding=pads,
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-            # Otherwise TF32 on Ampere and later, in the gradients too.
-            precision=lax.Precision.HIGHEST,
+            precision=PRECISION,
         )
 
 
@@ -158,6 +160,6 @@ class ResNet(nn.Module):
             self.num_classes,
             kernel_init=kernel_init,
             dtype=precise,
-            precision=lax.Precision.HIGHEST,
+            precision=PRECISION,
             name='fc',
         )(features)

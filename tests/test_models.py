@@ -81,8 +81,8 @@ def test_batch_norm_variance_survives_a_large_mean():
 
 def test_batch_norm_evaluates_with_running_statistics():
     x = np.random.default_rng(0).normal(size=(3, 2, 2, 2)).astype(np.float32)
-    stats = {'mean': jnp.array([1.0, -1.0]), 'var': jnp.array([4.0, 0.25])}
-    params = {'scale': jnp.array([2.0, 3.0]), 'bias': jnp.array([0.5, 0.0])}
+    stats = {'mean': np.float32([1.0, -1.0]), 'var': np.float32([4.0, 0.25])}
+    params = {'scale': np.float32([2.0, 3.0]), 'bias': np.float32([0.5, 0.0])}
     y = BatchNorm(16).apply({'params': params, 'batch_stats': stats}, x, False)
     expected = (x - stats['mean']) / np.sqrt(stats['var'] + EPSILON) * params['scale']
     np.testing.assert_allclose(y, expected + params['bias'], rtol=1e-5, atol=1e-6)
