@@ -2,8 +2,8 @@
 """CIFAR-10 with a far smaller network: the same path, in minutes on two CPU cores.
 
 Data: as configs/cifar10.py, all of it. Model: ResNet-8 (He et al. 2015, section 4.2, n = 1) with 8
-channels in its first stage instead of 16. One epoch, so the target is far from what CIFAR-10 allows;
-guessing gets a tenth.
+channels in its first stage instead of 16. One epoch, so the target is far from what CIFAR-10
+allows; guessing gets a tenth.
 
 Run: scripts/study_cifar10.sh --small
 """
