@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rehearsal of ImageNet from real JPEGs: fetched, prepared, killed, resumed, verified, trained on.
+"""A rehearsal of ImageNet with real JPEGs: fetched, prepared, killed, resumed, verified, trained.
 
 The archives have the official structure and names; only their sizes and checksums are others, which
 the option --sources says.
