@@ -225,6 +225,8 @@ def test_heights_fit_the_definition(height, width):
         expected[1:][accepted] += 1 / chosen.sum()
     expected *= draws / expected.sum()
     observed = np.bincount(draw(height, width, draws)[:, 2], minlength=height + 1)
+    # No single height is off, the smallest and the largest included.
+    assert (np.abs(observed - expected) <= 5 * np.sqrt(expected) + 3).all()
     # Neighbouring heights are pooled into cells of at least 50 expected draws.
     cells = np.floor(np.cumsum(expected) / 50).astype(int)
     pooled = [np.bincount(cells, v) for v in (observed, expected)]
