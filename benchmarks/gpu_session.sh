@@ -14,6 +14,7 @@
 #              PEER_PYTHON     a Python with PyTorch and torchvision, see benchmarks/requirements-train-step.txt
 #                              (default: PYTHON, if it has them; without them there is no comparison)
 #              LIMIT_SECONDS   for one part (default: 600)
+#              ALLOW_CPU, SMALL  not empty: also without a GPU; arguments that make the step small
 #
 # Results: $OUT/table.md, $OUT/results.jsonl, $OUT/log.txt, $OUT/trace.json.gz (for Perfetto). A part that
 # fails, or is cut short, is said at the end; the others still run.
@@ -54,7 +55,7 @@ refuse() { # refuse COMMAND...: succeeds when it fails with status 1
 export -f refuse
 
 step=("$PYTHON" benchmarks/train_step.py --cache="$cache" --json="$OUT/results.jsonl")
-read -ra small <<< "${SMALL:-}" # Arguments that make it small, for tests on a CPU.
+read -ra small <<< "${SMALL:-}"
 for name in "${@:-all}"; do
     known=no
     wants() { [[ "$name" == all || "$name" == "$1" ]] && known=yes; }
@@ -70,7 +71,8 @@ for name in "${@:-all}"; do
         done
     fi
     if wants main; then
-        part main "${step[@]}" "${peer[@]}" --dtypes=float32,bfloat16 --batches=256 --loop_steps=400 "${small[@]}"
+        part main "${step[@]}" "${peer[@]}" --dtypes=float32,bfloat16 --batches=256 --rounds=3 --loop_steps=400 \
+            "${small[@]}"
     fi
     if wants grid; then
         part grid-bfloat16 "${step[@]}" "${peer[@]}" --dtypes=bfloat16 --batches=64,128,512 --rounds=3 "${small[@]}"
@@ -84,9 +86,9 @@ for name in "${@:-all}"; do
         part first "$PYTHON" benchmarks/train_step.py --first_step=configs/digits.py
     fi
     if wants profile; then
-        part profile "$PYTHON" main.py --config=configs/digits.py --workdir="$OUT/work/profile" --profile=20:25 \
-            --config.max_epochs=4 --config.log_every_steps=200 --config.dtype=bfloat16
-        find "$OUT/work/profile/profile" -name '*.trace.json.gz' -exec cp {} "$OUT/trace.json.gz" \; || failed+=(trace)
+        part profile "${step[@]}" --dtypes=bfloat16 --batches=256 --rounds=1 --trace="$OUT/work/profile" "${small[@]}"
+        find "$OUT/work/profile" -name '*.trace.json.gz' -exec cp {} "$OUT/trace.json.gz" \;
+        [[ -s "$OUT/trace.json.gz" ]] || failed+=(trace)
     fi
     [[ "$known" == yes ]] || die "unknown part $name; $0 --help lists the known ones"
 done

@@ -16,7 +16,8 @@ bytes (of the compiled program) could take, by ceilings measured between the rou
 that it takes.
 
 --first_step runs main.py twice in a fresh folder, and prints the seconds from its start to its
-first line of metrics: with an empty compilation cache, then with the one this has left behind.
+first line of metrics, with an empty compilation cache and then with the one this has left behind;
+and its CPU time, which other users of the machine disturb less.
 """
 
 import argparse
@@ -96,6 +97,8 @@ def measure(flags: argparse.Namespace, case: dict[str, Any], peer: bool) -> dict
             if case['data_dir']:
                 take('input', ours, 'input', flags.steps)
             ceilings.append(ours.ask('ceilings', flags.ceiling_size))
+        if case['trace']:
+            ours.ask('trace', 3)
     finally:
         for worker in workers.values():
             worker.stop()
@@ -154,8 +157,8 @@ def row(result: dict[str, Any]) -> str:
     return f'| {" | ".join(cells)} |'
 
 
-def seconds_to_first_step(config: str, arguments: list[str], folder: Path) -> float:
-    """Runs main.py up to its first line of metrics, then stops it."""
+def seconds_to_first_step(config: str, arguments: list[str], folder: Path) -> tuple[float, float]:
+    """Runs main.py up to its first line of metrics, then stops it; wall and CPU seconds."""
     command = [sys.executable, ROOT / 'main.py', f'--config={config}', f'--workdir={folder}']
     before = time.perf_counter()
     process = subprocess.Popen(
@@ -164,11 +167,17 @@ def seconds_to_first_step(config: str, arguments: list[str], folder: Path) -> fl
     try:
         for line in process.stdout:
             if '  step ' in line:
-                return time.perf_counter() - before
+                clock = time.clock_gettime(_clock_of(process.pid))
+                return time.perf_counter() - before, clock
         raise SystemExit(f'error: main.py ended with status {process.wait()} before its first step')
     finally:
         process.terminate()
         process.wait()
+
+
+def _clock_of(process: int) -> int:
+    """Linux's number of the clock that counts a process's CPU time (see clock_getcpuclockid)."""
+    return (~process << 3) | 2
 
 
 def machine() -> str:
@@ -209,6 +218,7 @@ def parse_flags() -> argparse.Namespace:
         '--peer_compile', default='default', help='mode of torch.compile, or none: not compiled'
     )
     parser.add_argument('--cache', help='folder of compiled programs (default: an empty one)')
+    parser.add_argument('--trace', help='folder for traces of three steps of every case')
     parser.add_argument('--json', type=Path, help='where to append the results')
     parser.add_argument('--first_step', metavar='CONFIG')
     flags, flags.rest = parser.parse_known_args()
@@ -225,8 +235,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for state in ('empty', 'filled'):
                 path = Path(folder) / state  # The cache lies beside them.
-                seconds = seconds_to_first_step(flags.first_step, flags.rest, path)
-                print(f'first step after {seconds:.1f} s, compilation cache {state}', flush=True)
+                wall, cpu = seconds_to_first_step(flags.first_step, flags.rest, path)
+                print(f'compilation cache {state}: first step after {wall:.1f} s', end='')
+                print(f' ({cpu:.1f} s of CPU time)', flush=True)
         print(f'{flags.first_step}; {machine()}')
         return
     case = {
@@ -234,7 +245,7 @@ def main() -> None:
         for name in ('config', 'model', 'image_size', 'classes', 'span', 'checkpoint_every')
     } | {
         name: getattr(flags, name)
-        for name in ('log_every', 'data_dir', 'deterministic', 'peer_compile', 'cache')
+        for name in ('log_every', 'data_dir', 'deterministic', 'peer_compile', 'cache', 'trace')
     }
     axes = [flags.dtypes, flags.batches, flags.accumulation]
     print(f'{flags.model} at {flags.image_size}; {machine()}\n')

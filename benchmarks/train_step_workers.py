@@ -9,6 +9,7 @@ answers every line of its input, `COMMAND NUMBER`, with a line of JSON:
     steps N    seconds for N optimizer steps on batches that lie on the device (both)
     loop N     the same in the real training loop, with its log, metrics and checkpoints (ours)
     input N    the same, fed by the real input pipeline (ours, with a data set)
+    trace N    the same as steps, traced (ours)
     ceilings N TFLOP/s of a matrix product N × N, and GB/s of a copy of 4·N² bytes (ours)
 """
 
@@ -43,6 +44,7 @@ class Ours:
             'seed': 1,
         }
         folder = tempfile.TemporaryDirectory()
+        self._trace_folder = case['trace']
         self._folder, workdir = folder, Path(folder.name) / 'run'
         base = main.load_config(case['config'])
         config = dict(base) | overrides
@@ -139,6 +141,13 @@ class Ours:
     def input(self, count: int) -> float:
         """Seconds for `count` optimizer steps of the training loop, fed by the input pipeline."""
         return self._loop(count, self.real_input)
+
+    def trace(self, count: int) -> float:
+        """Writes a trace of `count` optimizer steps into the case's folder."""
+        import jax
+
+        with jax.profiler.trace(self._trace_folder):
+            return self.steps(count)
 
     def ceilings(self, size: int) -> dict[str, float]:
         """What the device can do: a matrix product in the case's dtype, and a copy."""

@@ -34,7 +34,7 @@ check() {
 check ruff check --quiet .
 check ruff format --check --quiet .
 check mypy --no-error-summary
-check shellcheck -x scripts/*.sh .ci/run
+check shellcheck -x scripts/*.sh benchmarks/*.sh .ci/run
 check hadolint Dockerfile
 [[ ${#failed[@]} == 0 ]] || die "refused by ${failed[*]}, see above; ruff check --fix and ruff format mend what they can"
 
