@@ -68,8 +68,9 @@ def memory(meminfo: str) -> str:
 
 
 def storage() -> dict[str, str]:
-    """Kind and size of what holds the file system's root."""
-    rotating = {_read(str(path)) for path in Path('/sys/block').glob('*/queue/rotational')}
+    """Kind of the disks, and size of the file system's root; a virtual machine hides the kind."""
+    disks = [*Path('/sys/block').glob('sd*'), *Path('/sys/block').glob('nvme*')]
+    rotating = {_read(f'{disk}/queue/rotational') for disk in disks}
     kind = 'hard disk' if '1' in rotating else 'solid state' if rotating else ''
     return {
         'host_storage_type': kind,
