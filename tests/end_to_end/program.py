@@ -122,6 +122,11 @@ class Program:
         """What its evaluations have found."""
         return [event['value'] for event in self.events('eval_accuracy')]
 
-    def metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.workdir / 'metrics.jsonl').open()]
+    def evaluated(self) -> list[dict]:
+        """The evaluations in metrics.jsonl, without what depends on the clock."""
+        lines = [json.loads(line) for line in (self.workdir / 'metrics.jsonl').open()]
+        return [
+            {name: value for name, value in line.items() if 'seconds' not in name}
+            for line in lines
+            if 'eval_top1' in line
+        ]
