@@ -143,4 +143,5 @@ def create(config: Mapping[str, Any], plan: Plan) -> optax.MultiSteps:
     )
     if plan.accumulation_steps == 1:
         return SingleStep(both)
-    return optax.MultiSteps(both, plan.accumulation_steps)
+    # The accumulator is fp32, but for tests in fp64.
+    return optax.MultiSteps(both, plan.accumulation_steps, accumulator_dtype=float)

@@ -80,7 +80,10 @@ def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
     Raises:
       CheckpointError: for padding='same', which no PyTorch model has.
     """
-    tree, record = read_checkpoint(checkpoint)
+    try:
+        tree, record = checkpointing.read(checkpoint)
+    except checkpointing.CheckpointError as error:
+        raise CheckpointError(f'{checkpoint}: {error}') from error
     config = record.get('config')
     if config and config['padding'] != 'symmetric':
         raise CheckpointError(
@@ -150,17 +153,6 @@ def _note(convention: str) -> str:
         f"({exact}), std={TORCHVISION_STD}) is exact; with torchvision's own mean the input is off "
         f'by ({shifts}) grey levels.'
     )
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`checkpointing.read`, with any fault of a damaged checkpoint as one error."""
-    try:
-        return checkpointing.read(path.resolve())
-    except checkpointing.CheckpointError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f'{path} is damaged: {reason}') from error
 
 
 def download(url: str, out: Path) -> str:

@@ -20,6 +20,8 @@ except ImportError:
 from torch import nn  # noqa: E402
 from torchvision.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 
+torch.set_num_threads(1)  # Several threads wait for one another on a busy machine.
+
 
 class SmallImageResNet(nn.Module):
     """torchvision's blocks under a 3×3 stem without a pool, which its own `ResNet` cannot have."""
@@ -61,6 +63,8 @@ def create(name: str, num_classes: int) -> nn.Module:
         return torchvision.models.resnet50(weights=None, num_classes=num_classes)
     if name == 'resnet18_cifar':
         return SmallImageResNet(BasicBlock, (2, 2, 2, 2), 64, num_classes)
+    if name == 'resnet8_cifar':
+        return SmallImageResNet(BasicBlock, (1, 1, 1), 8, num_classes)
     if name == 'resnet_digits':
         return SmallImageResNet(Bottleneck, (1, 1, 1), 16, num_classes)
     raise KeyError(name)
