@@ -385,7 +385,7 @@ def test_trajectories_equal_pytorchs(digits_dir, model, enlarged, optimizer):
 
 @pytest.mark.parametrize(
     ('model', 'steps', 'learnt'),
-    [('resnet_digits', 60, 0.8), pytest.param('resnet50', 4, 0.0, marks=pytest.mark.slow)],
+    [('resnet_digits', 150, 0.8), pytest.param('resnet50', 4, 0.0, marks=pytest.mark.slow)],
 )
 def test_exported_checkpoints_classify_alike(digits_dir, tmp_path, model, steps, learnt):
     """Trained here, loaded there with strict=True: the same class for every evaluation image."""

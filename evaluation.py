@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation alone: the quality of any checkpoint, ours or imported, over the whole set."""
+
+import collections
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import checkpointing
+import distributed
+import hyperparameters
+import optimizers
+import train_lib
+from image_classification import ImageClassification
+from input_pipeline import Dataset, Pipeline
+from plan import make_plan
+
+
+def evaluate(config: Mapping[str, Any], dataset: Dataset) -> dict[str, float]:
+    """Evaluates the checkpoint `init_from`; writes nothing.
+
+    Returns:
+      {'eval_top1', 'eval_loss', 'examples'}: every example of the set counts once.
+
+    Raises:
+      ConfigError: when `init_from` names no checkpoint.
+      CheckpointError: when it is damaged, or of another model or number of classes.
+    """
+    if config['init_from'] is None:
+        raise hyperparameters.ConfigError(
+            'evaluation needs --config.init_from=PATH, a checkpoint (WORKDIR/checkpoints/STEP)'
+        )
+    plan = make_plan(
+        config,
+        num_train=dataset.num_train,
+        num_eval=dataset.num_eval,
+        num_devices=jax.device_count(),
+    )
+    mesh = train_lib.make_mesh()
+    task = ImageClassification(config, dataset.num_classes)
+    shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
+    weights = distributed.lead_does(lambda: _weights(Path(config['init_from']), zeros, dataset))
+    weights = distributed.from_lead(zeros if weights is None else weights)
+    programs = train_lib.compile_steps(
+        task, optimizers.create(config, plan), plan.micro_batch, mesh
+    )
+    variables = programs.to_all(weights)
+    flags = programs.to_devices(np.zeros(len(mesh.local_devices), np.int32))
+    share = distributed.share_of(mesh, plan.micro_batch)
+    totals: dict[str, Any] = collections.defaultdict(int)
+    for batch in Pipeline(dataset, config, 0, share).evaluation():
+        sums, _ = programs.evaluate(variables, programs.to_devices(batch), flags)
+        for name, value in jax.device_get(sums).items():
+            totals[name] += value.item()
+    return task.quality(totals) | {'examples': totals['examples']}
+
+
+def _weights(path: Path, ours: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """The checkpoint's variables, all of them."""
+    theirs = checkpointing.initial_weights(path, ours)
+    if theirs['params']['fc'] is ours['params']['fc']:
+        raise checkpointing.CheckpointError(
+            f'{path} has another number of classes than the {dataset.num_classes} of '
+            f'{dataset.name}; there is nothing to evaluate'
+        )
+    return theirs

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints are evaluated alone and start other runs, ours and imported ones alike."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import checkpointing
+from tests import harness
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def run(program, *flags, status=0):
+    environment = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+    done = subprocess.run(
+        [sys.executable, ROOT / program, *map(str, flags)],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
+    return done.stderr if status else done.stdout
+
+
+@pytest.fixture(scope='module')
+def trained(digits_dir, tmp_path_factory):
+    """The work directory of a run of two epochs; its target is out of reach."""
+    workdir = tmp_path_factory.mktemp('runs') / 'first'
+    run('main.py', f'--workdir={workdir}', f'--config.data_dir={digits_dir}',
+        '--config.max_epochs=2', '--config.target_top1=0.9999', status=1)  # fmt: skip
+    return workdir
+
+
+def newest(workdir: Path) -> Path:
+    return max((workdir / 'checkpoints').glob('[0-9]*'), key=lambda path: int(path.name))
+
+
+def test_evaluation_repeats_what_the_run_reported(trained, digits_dir, tmp_path):
+    """Of the run's checkpoint, and of the same weights after a journey through PyTorch's form."""
+    lines = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
+    reported = next(line for line in reversed(lines) if 'eval_top1' in line)
+    run('scripts/convert_checkpoint.py', 'to-pytorch', newest(trained), tmp_path / 'w.safetensors')
+    run('scripts/convert_checkpoint.py', 'from-pytorch', tmp_path / 'w.safetensors', tmp_path / 'w')
+    before = sorted(tmp_path.rglob('*'))
+    for checkpoint in (newest(trained), tmp_path / 'w'):
+        result = json.loads(run('main.py', '--mode=eval', f'--config.data_dir={digits_dir}',
+                                f'--config.init_from={checkpoint}'))  # fmt: skip
+        assert result['examples'] == 360
+        assert result['eval_top1'] == reported['eval_top1']
+        assert result['eval_loss'] == pytest.approx(reported['eval_loss'], rel=1e-6)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_wrong_checkpoints_are_refused(trained, digits_dir, tmp_path):
+    data = f'--config.data_dir={digits_dir}'
+    assert '--config.init_from' in run('main.py', '--mode=eval', data, status=2)
+    error = run('main.py', '--mode=eval', data, f'--config.init_from={tmp_path}', status=2)
+    assert 'no checkpoint' in error
+    error = run('main.py', '--mode=eval', data, f'--config.init_from={newest(trained)}',
+                '--config.model=resnet18_cifar', status=2)  # fmt: skip
+    assert 'another model' in error
+
+
+def test_an_imported_checkpoint_starts_a_run(trained, digits_dir, tmp_path):
+    """With the imported head where the classes are as many, else with a new one."""
+    tree, _ = checkpointing.read(newest(trained))
+    ours = jax.tree.map(np.zeros_like, tree['variables'])
+    checkpointing.write(
+        tmp_path / 'imported', {'variables': tree['variables'], 'step': np.int32(0)}, {}
+    )
+    assert harness.is_same(
+        checkpointing.initial_weights(tmp_path / 'imported', ours), tree['variables']
+    )
+    ours['params']['fc'] = {'kernel': np.zeros((256, 3), np.float32),
+                            'bias': np.zeros(3, np.float32)}  # fmt: skip
+    weights = checkpointing.initial_weights(tmp_path / 'imported', ours)
+    assert weights['params']['fc'] is ours['params']['fc']
+    assert harness.is_same(weights['batch_stats'], tree['variables']['batch_stats'])
+    run('main.py', f'--workdir={tmp_path / "second"}', f'--config.data_dir={digits_dir}',
+        f'--config.init_from={tmp_path / "imported"}', '--config.max_epochs=2',
+        '--config.target_top1=0.9999', status=1)  # fmt: skip
