@@ -189,24 +189,25 @@ class Checkpoints:
           CheckpointError: when there are checkpoints and none can be read, or one that is of
             another model than `template`.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            path = self._directory / str(step)
             try:
-                tree, _ = read(self._directory / str(step))
+                tree, _ = read(path)
             except Exception as error:
-                self._report(
-                    f'checkpoint {self._directory / str(step)} is damaged ({_first_line(error)}); '
-                    'using the one before it'
-                )
-                (self._directory / str(step)).rename(self._directory / f'damaged-{step}')
-                self._manager.reload()
+                self._report(f'checkpoint {path} is damaged: {_first_line(error)}')
+                damaged.append(path)
                 continue
             check(tree, template)
+            for path in damaged:  # Out of the way of the run, which comes by these steps again.
+                path.rename(path.with_name(f'damaged-{path.name}'))
+                self._report(f'{path} is now damaged-{path.name}; going on from step {step}')
+            self._manager.reload()
             return tree
-        if steps:
+        if damaged:
             raise CheckpointError(
-                f'none of the checkpoints in {self._directory} can be read; they were renamed to '
-                'damaged-STEP. Start again in an empty work directory.'
+                f'none of the checkpoints in {self._directory} can be read; start again in an '
+                'empty work directory'
             )
         return None
 
@@ -236,10 +237,17 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _restore(directory: Path) -> Mapping[str, Any]:
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(  # Else Orbax waits for the other processes.
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'read-{me}'
+    )
     with ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
-            state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler()
-        )
+            state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            record=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+        ),
+        multiprocessing_options=alone,
     ) as checkpointer:
         abstract = checkpointer.metadata(directory).item_metadata['state']
         return checkpointer.restore(

@@ -196,7 +196,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == '__main__':
     status = main(sys.argv[1:])
-    if status in (EXIT_REFUSED, EXIT_FAILED):
+    if status == EXIT_FAILED:
         # At its exit JAX would wait for the other processes, which may wait for this one.
         sys.stdout.flush()
         os._exit(status)

@@ -103,6 +103,8 @@ class Progress:
 
 def _is_before(line: str, step: int) -> bool:
     try:
-        return json.loads(line)['step'] <= step
+        values = json.loads(line)
+        # The evaluation that follows a step is done again by a run that goes on from there.
+        return values['step'] < step or (values['step'] == step and 'eval_top1' not in values)
     except (ValueError, KeyError):  # Half a line that a killed process left.
         return False

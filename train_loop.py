@@ -102,8 +102,8 @@ class Run:
         self.programs = train_lib.compile_steps(self.task, optimizer, plan.micro_batch, mesh)
         share = distributed.share_of(mesh, plan.micro_batch)
         self.pipeline = Pipeline(dataset, config, config['seed'], share)
-        self.checkpoints = (
-            checkpointing.Checkpoints(workdir / 'checkpoints', report=print) if lead else None
+        self.checkpoints = distributed.lead_does(
+            lambda: checkpointing.Checkpoints(workdir / 'checkpoints', report=print)
         )
         self.state = self._first_state(optimizer)
         self.step = int(jax.device_get(self.state.step))

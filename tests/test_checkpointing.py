@@ -131,7 +131,7 @@ def test_it_is_an_error_when_none_is_whole(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     for step in ('3', '7'):
         shutil.rmtree(tmp_path / step / 'state')
-    with pytest.raises(checkpointing.CheckpointError, match='Start again in an empty'):
+    with pytest.raises(checkpointing.CheckpointError, match='start again in an empty'):
         restored(tmp_path)
 
 
