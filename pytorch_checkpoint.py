@@ -294,4 +294,4 @@ def _read_pth(path: Path) -> tuple[StateDict, dict[str, str]]:
         )
     _refuse_half(path, {name: str(tensor.dtype) for name, tensor in loaded.items()})
     source = getattr(loaded, '_metadata', {}).get('', {}).get('source', {})
-    return {name: tensor.numpy() for name, tensor in loaded.items()}, dict(source)
+    return {name: t.detach().numpy() for name, t in loaded.items()}, dict(source)

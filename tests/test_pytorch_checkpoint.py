@@ -128,6 +128,13 @@ def test_pth_file_loads_without_code(convert, checkpoint, tmp_path):
     torchvision_models.create('resnet_digits', 10).load_state_dict(state, strict=True)
 
 
+def test_files_of_parameters_are_read(tmp_path):
+    """Old files hold `nn.Parameter`s, whose values ask for a gradient."""
+    torch = pytest.importorskip('torch')
+    torch.save({'fc.bias': torch.nn.Parameter(torch.ones(3))}, tmp_path / 'in.pth')
+    assert pytorch_checkpoint.read(tmp_path / 'in.pth')[0]['fc.bias'].tolist() == [1, 1, 1]
+
+
 def test_torchvision_input_is_folded(convert, checkpoint, tmp_path):
     """For inputs scaled as torchvision's, with our means, the network is the same."""
     torch = pytest.importorskip('torch')
