@@ -15,12 +15,13 @@ from typing import Any
 from plan import Plan
 
 # tensorboardX imports PyTorch where it is installed, seconds for nothing that is used here.
-sys.modules.setdefault('torch', None)  # type: ignore[arg-type]
+_HIDDEN: dict[str, Any] = {} if 'torch' in sys.modules else {'torch': None}
+sys.modules.update(_HIDDEN)
 try:
     from tensorboardX import SummaryWriter
 finally:
-    if sys.modules['torch'] is None:
-        del sys.modules['torch']
+    for _name in _HIDDEN:
+        del sys.modules[_name]
 
 
 def _duration(seconds: float) -> str:

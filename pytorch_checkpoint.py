@@ -214,7 +214,7 @@ def write(path: Path, state: StateDict, metadata: Mapping[str, str]) -> None:
             safetensors.numpy.save_file(state, partial, metadata)
             return
         torch = _import_torch(path)
-        tensors = OrderedDict((name, torch.from_numpy(array)) for name, array in state.items())
+        tensors: Any = OrderedDict((name, torch.from_numpy(array)) for name, array in state.items())
         tensors._metadata = OrderedDict({'': {'version': 1, 'source': dict(metadata)}})
         torch.save(tensors, partial)
 
@@ -275,10 +275,10 @@ def _read_pth(path: Path) -> tuple[StateDict, dict[str, str]]:
     try:
         loaded = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = re.search(r'(Unsupported|GLOBAL|Trying)[^\n.]*[\w.]*', str(error))
+        found = re.search(r'(Unsupported|GLOBAL|Trying)[^\n.]*[\w.]*', str(error))
         raise CheckpointError(
             f'{path} is refused: its pickle is damaged or carries more than tensors, which could '
-            f'run code when read ({reason.group() if reason else "no tensors"}). Save '
+            f'run code when read ({found.group() if found else "no tensors"}). Save '
             '`model.state_dict()` alone'
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:

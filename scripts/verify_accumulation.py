@@ -202,7 +202,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             row[2].semilogy(steps, np.maximum(result['differences'], 1e-9), label=name)
         row[0].set(title=f'{kind}: training loss', xlabel='step')
         row[1].set(title=f'{kind}: top-1', xlabel='epoch', ylim=(0.8, 1))
-        row[2].set(title=f'{kind}: ‖difference‖ to k=1, gentle rate', xlabel='step', ylim=(1e-9, 20))
+        row[2].set(title=f'{kind}: ‖difference‖ to k=1, low rate', xlabel='step', ylim=(1e-9, 20))
         row[2].legend(fontsize=6)
     figure.savefig(path, dpi=80)
 

@@ -102,6 +102,13 @@ def assert_close(a: Any, b: Any, tolerance: float) -> None:
     assert not apart, apart
 
 
+def distance(a: Any, b: Any) -> float:
+    """The relative distance of two trees, each taken as one vector: ‖a - b‖ / ‖a‖."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    apart = sum(float(np.square(np.asarray(x, np.float64) - y).sum()) for x, y in pairs)
+    return (apart / sum(float(np.square(np.asarray(x, np.float64)).sum()) for x, _ in pairs)) ** 0.5
+
+
 def is_same(a: Any, b: Any) -> bool:
     """Whether two trees are equal, bit for bit."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
