@@ -23,6 +23,10 @@ COPY scripts/lib.sh scripts/setup_env.sh scripts/
 RUN PIP_NO_CACHE_DIR=1 scripts/setup_env.sh && rm .venv.lock
 
 COPY . .
+# What runs record as their code, for the image holds no repository:
+# --build-arg COMMIT="$(git describe --always --dirty --abbrev=40)"
+ARG COMMIT=unknown
+ENV COMMIT=$COMMIT
 RUN mkdir data runs && chown mlperf:mlperf data runs
 VOLUME ["/benchmark/data", "/benchmark/runs"]
 

@@ -19,6 +19,17 @@ LARGEST_BATCH_WITH_FIXED_MOMENTUM = 32768
 # speed alone: the results do not depend on it.
 ACCELERATORS = {'any': 512, 'v100-16gb': 64, 'v100-32gb': 128, 'a100': 256, 'h200': 512}
 
+# What the rules of the closed division leave no choice about, beside the rules of single fields.
+CLOSED_DIVISION = {
+    'model': 'resnet50',
+    'dataset': 'imagenet2012',
+    'image_size': 224,
+    'augmentation': 'crop_resize',
+    'eval_every_epochs': 4,
+    'target_top1': 0.759,
+    'init_from': None,
+}
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the text lists every fault and what would be right."""
@@ -26,10 +37,14 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A constraint: in words, and as (value, configuration) -> whether it holds."""
+    """A constraint: in words, and as (value, configuration) -> whether it holds.
+
+    `advice`, of the same arguments, is what to say of a value that breaks it.
+    """
 
     words: str
     holds: Callable[[Any, Mapping[str, Any]], bool]
+    advice: Callable[[Any, Mapping[str, Any]], str] = lambda value, config: ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +107,19 @@ def _device_batch_fits(value: int, config: Mapping[str, Any]) -> bool:
     return value > 0 and span > 0 and value % span == 0
 
 
+def _not_closed(config: Mapping[str, Any]) -> list[str]:
+    return [name for name, wanted in CLOSED_DIVISION.items() if config.get(name) != wanted]
+
+
+def _division_fits(value: str, config: Mapping[str, Any]) -> bool:
+    return value == 'open' or (value == 'closed' and not _not_closed(config))
+
+
+def _make_it_open(value: str, config: Mapping[str, Any]) -> str:
+    others = ', '.join(f'{name}={config.get(name)}' for name in _not_closed(config))
+    return f'; with {others} add --config.division=open' if value == 'closed' else ''
+
+
 def _offset_fits(value: int, config: Mapping[str, Any]) -> bool:
     return 0 <= value < min(4, config.get('eval_every_epochs', 1))
 
@@ -100,6 +128,12 @@ def is_evaluated(epoch: int, config: Mapping[str, Any]) -> bool:
     """Whether the rules evaluate after this epoch (epochs count from 1)."""
     every, offset = config.get('eval_every_epochs', 1), config.get('eval_offset_epochs', 0)
     return epoch > 0 and every > 0 and (epoch - offset) % every == 0
+
+
+def _nearest_evaluated(value: int, config: Mapping[str, Any]) -> str:
+    near = [e for e in range(max(1, value - 8), value + 9) if is_evaluated(e, config)]
+    near = sorted(near, key=lambda e: abs(e - value))[:2]
+    return f'; nearest that are: {", ".join(map(str, sorted(near)))}'
 
 
 def _by_optimizer(suffix: str) -> dict[str, str]:
@@ -122,12 +156,18 @@ _DECAY_STEPS = Rule('> 0; for SGD ≥ 0', _decay_steps_are_legal)
 _MOMENTUM = Rule('0.9; for LARS at global_batch_size ≥ 32768 any in (0, 1)', _momentum_is_legal)
 _DECAY = Rule('0.0001·2^N, N an integer (…, 5e-05, 0.0001, 0.0002, …)', _power_of_two_of_1e_4)
 _OFFSET = Rule('0, 1, 2 or 3, and below eval_every_epochs', _offset_fits)
-_EVALUATED = Rule('an epoch that is evaluated', is_evaluated)
+_EVALUATED = Rule('an epoch that is evaluated', is_evaluated, _nearest_evaluated)
 _DEVICE_BATCH = Rule('> 0 and a multiple of bn_span', _device_batch_fits)
 _MODELS = _one_of('resnet50', 'resnet18_cifar', 'resnet8_cifar', 'resnet_digits')
 _DATASETS = _one_of('digits', 'cifar10', 'imagenet2012')
 _AUGMENTATIONS = _one_of('crop_resize', 'pad_crop', 'pad_crop_flip', 'none')
 _DTYPES = _one_of('float32', 'bfloat16', 'float16')
+_DIVISION = Rule(
+    'open; or closed, for which '
+    + ', '.join(f'{name}={str(wanted).lower()}' for name, wanted in CLOSED_DIVISION.items()),
+    _division_fits,
+    _make_it_open,
+)
 _STATUSES = _one_of('cloud', 'onprem', 'preview', 'research')
 
 # fmt: off
@@ -192,7 +232,7 @@ _RUN = (
     ('log_every_steps', int, 'Optimizer steps between two lines of metrics.', _POSITIVE),
     ('drop_page_cache', bool, "Drop the system's page cache first (needs root); the log says "
      'whether it was dropped.', _ANY),
-    ('division', str, 'MLPerf division.', _one_of('closed', 'open'), 'submission_division'),
+    ('division', str, 'MLPerf division.', _DIVISION, 'submission_division'),
     ('org', str, 'Submitting organisation.', _ANY, 'submission_org'),
     ('platform', str, 'Name of the system.', _ANY, 'submission_platform'),
     ('status', str, 'Availability of the system.', _STATUSES, 'submission_status'),
@@ -250,11 +290,7 @@ def _fault_of(entry: Hyperparameter, value: Any, config: Mapping[str, Any]) -> s
             return None
     except TypeError:  # The rule reads another field, whose own type is at fault and reported.
         return None
-    advice = ''
-    if entry.name == 'max_epochs':
-        near = [e for e in range(max(1, value - 8), value + 9) if is_evaluated(e, config)]
-        near = sorted(near, key=lambda e: abs(e - value))[:2]
-        advice = f'; nearest that are: {", ".join(map(str, sorted(near)))}'
+    advice = entry.rule.advice(value, config)
     return f'{entry.name}={value!r} breaks the rule: {entry.rule.words}{advice}'
 
 

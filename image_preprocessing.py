@@ -21,8 +21,8 @@ import simplejpeg
 # The pipeline runs one image per thread; OpenCV's own threads would only get in each other's way.
 cv2.setNumThreads(1)
 
-# The spec's training crop: aspect ratio (width / height), share of the image's area, and the share
-# of the image that a crop has to cover, or else it is drawn again.
+# The official training crop: aspect ratio (width / height), share of the image's area, and the
+# share of the image that a crop has to cover, or else it is drawn again.
 CROP_ASPECT = (0.75, 1.33)
 CROP_AREA = (0.05, 1.0)
 CROP_MIN_COVERED = 0.1

@@ -32,7 +32,6 @@ from image_preprocessing import (
     decode_and_center_crop,
     decode_and_random_crop,
     pad_and_random_crop,
-    sample_crop,
 )
 from records import EVAL_SPLIT, DataError, Dataset, DatasetError, Records, find_dataset
 
@@ -46,7 +45,6 @@ __all__ = [
     'decode_and_random_crop',
     'example_order',
     'find_dataset',
-    'sample_crop',
 ]
 
 # The evaluation's central crop is this share of the resized image's shorter side (224 / 256).
@@ -143,7 +141,7 @@ class Images:
         except Exception as error:
             raise DataError(
                 f'{where}{self._records.name(int(index))} cannot be used: {error}; find all such '
-                'records with: scripts/verify_dataset.sh --full'
+                f'records with: scripts/verify_dataset.sh {self._records.place} --full'
             ) from error
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:

@@ -53,11 +53,6 @@ class Plan:
         """Optimizer steps of a run that does not meet its target."""
         return self.evaluations[-1].step
 
-    @property
-    def eval_batches(self) -> int:
-        """Batches of D·M that hold the whole evaluation set, the last one padded."""
-        return -(-self.num_eval // self.micro_batch)
-
     def epoch(self, step: int) -> float:
         """Epochs of training data seen after so many optimizer steps."""
         return step * self.global_batch_size / self.num_train

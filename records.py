@@ -34,6 +34,27 @@ class Dataset:
     digest: str | None
 
 
+def _advice(name: str, data_dir: str | Path) -> str:
+    return f'prepare it with: scripts/download_dataset.sh {name} {data_dir}'
+
+
+def newest_version(name: str, data_dir: str | Path) -> Path:
+    """The folder …/NAME/VERSION or …/NAME/CONFIG/VERSION of a prepared data set.
+
+    Raises:
+      DatasetError: when there is none.
+    """
+    root = Path(data_dir).expanduser() / name
+    found = [
+        path.parent
+        for path in root.glob('**/dataset_info.json')
+        if not any(part.startswith('incomplete') for part in path.relative_to(root).parts)
+    ]
+    if not found:
+        raise DatasetError(f'the data set {name} is not in {root}; {_advice(name, data_dir)}')
+    return max(found, key=lambda path: tuple(map(int, path.name.split('.'))))
+
+
 def find_dataset(name: str, data_dir: str) -> Dataset:
     """Finds a prepared data set and checks that its files are there.
 
@@ -42,13 +63,7 @@ def find_dataset(name: str, data_dir: str) -> Dataset:
     """
     import tensorflow_datasets as tfds
 
-    advice = f'; prepare it with: scripts/download_dataset.sh {name} {data_dir}'
-    root = Path(data_dir).expanduser() / name
-    versions = sorted(root.glob('**/dataset_info.json'))
-    versions = [path for path in versions if 'incomplete' not in str(path)]
-    if not versions:
-        raise DatasetError(f'the data set {name} is not in {root}{advice}')
-    directory = versions[-1].parent
+    directory, advice = newest_version(name, data_dir), f'; {_advice(name, data_dir)}'
     try:
         builder = tfds.builder_from_directory(directory)
         train, evaluation = (builder.info.splits[s] for s in ('train', EVAL_SPLIT[name]))
@@ -114,6 +129,14 @@ class Records:
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         features = self._features(index)
         return features['image'].bytes_list.value[0], features['label'].int64_list.value[0]
+
+    @property
+    def place(self) -> str:
+        """NAME ROOT, as the scripts that prepare and verify data take them."""
+        root = next(
+            p for p in Path(self._dataset.directory).parents if p.name == self._dataset.name
+        )
+        return f'{self._dataset.name} {root.parent}'
 
     def name(self, index: int) -> str:
         """What a person needs to find the record: its number, shard and identifier."""

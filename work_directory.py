@@ -103,12 +103,13 @@ def open_for(config: Mapping[str, Any], path: Path) -> int | None:
 
 
 def _commit() -> str:
+    """The commit of this code: Git's word, or in a container that of the environment."""
     root = Path(__file__).resolve().parent
     command = ['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=40']
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
+        return os.environ.get('COMMIT', 'unknown')
 
 
 def record(config: Mapping[str, Any], dataset: Any, path: Path) -> None:

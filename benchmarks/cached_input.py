@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 
 import hyperparameters
+from benchmarks.machine import machine
 from configs import cifar10
 from input_pipeline import Pipeline, Share, find_dataset
 
@@ -29,7 +30,9 @@ def measure(name: str, batches: Iterable, count: int) -> None:
 
 def main() -> None:
     """The program."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('data_dir')
     parser.add_argument('--images', type=int, default=50_000, help='of every measurement')
     flags = parser.parse_args()
@@ -42,6 +45,7 @@ def main() -> None:
         for repetition in (1, 2):
             # The same batches both times: by the second the cache has all of their images.
             measure(f'cache_gib={gib}, pass {repetition}', pipeline.train(0, count), count)
+    print(machine())
 
 
 if __name__ == '__main__':

@@ -42,6 +42,8 @@ fi
 cache="$OUT/cache"
 trap 'rm -rf "$cache" "$OUT/work"' EXIT # Neither belongs to the results.
 
+"$PYTHON" -m data_preparation digits --data_dir=data || die 'the digits could not be prepared; see above'
+
 failed=()
 part() { # part NAME COMMAND...: runs it within the limit, into the log
     echo "== $1: $(date -u +%H:%M:%S)" | tee -a "$OUT/log.txt"

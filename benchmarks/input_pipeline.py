@@ -12,17 +12,16 @@ benchmarks/input_workers.py says what each contestant does. --threads repeats ou
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import machine  # noqa: E402
 from data_preparation import imagenet, imagenet_archives  # noqa: E402
 from tests.ilsvrc_archives import write_archives  # noqa: E402
 
@@ -88,16 +87,6 @@ def measure(workers: dict[str, Worker], rounds: int, batches: int, batch: int):
             wall, cpu = worker.run(batches)
             results[name].append((batches * batch / wall, 1000 * cpu / (batches * batch)))
     return results
-
-
-def machine() -> str:
-    """The processor, its cores here, and the date."""
-    lines = Path('/proc/cpuinfo').read_text().splitlines()
-    model = next(
-        (li.split(':')[1].strip() for li in lines if li.startswith('model name')),
-        platform.machine(),
-    )
-    return f'{model}, {len(os.sched_getaffinity(0))} cores, {time.strftime("%Y-%m-%d")}'
 
 
 def main() -> None:

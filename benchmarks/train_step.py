@@ -24,7 +24,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import machine  # noqa: E402
 
 
 class Worker:
@@ -178,17 +180,6 @@ def seconds_to_first_step(config: str, arguments: list[str], folder: Path) -> tu
 def _clock_of(process: int) -> int:
     """Linux's number of the clock that counts a process's CPU time (see clock_getcpuclockid)."""
     return (~process << 3) | 2
-
-
-def machine() -> str:
-    """The machine, its load, and the date."""
-    try:
-        text = Path('/proc/cpuinfo').read_text()
-        model = text.split('model name')[1].splitlines()[0].strip('\t: ')
-    except (OSError, IndexError):
-        model = platform.processor()
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    return f'{model}, {cores} cores, load {load:.1f}, {time.strftime("%Y-%m-%d")}'
 
 
 def parse_flags() -> argparse.Namespace:

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from records import DatasetError
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line's arguments; each command has its own."""
@@ -74,7 +76,7 @@ def main() -> None:
     """Runs one command; what the user can mend is one paragraph, `error: …`, and exit code 2."""
     try:
         print(run(parse_arguments()))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DatasetError) as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

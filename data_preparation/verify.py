@@ -24,6 +24,7 @@ from data_preparation import manifest
 from data_preparation.archives import progress
 from data_preparation.manifest import Record, Summary
 from image_preprocessing import decode
+from records import newest_version
 
 NAMED_FAULTS = 20
 ADVICE = 'Delete that folder and prepare the dataset again; until then nothing should train on it'
@@ -46,10 +47,11 @@ def verify(
     """Checks `data_dir/name` and returns a line that says so.
 
     Raises:
-        FileNotFoundError: there is no such dataset.
+        DatasetError: there is no such dataset.
+        FileNotFoundError: there is no such manifest.
         ValueError: it has faults; the text names them.
     """
-    directory = find(name, data_dir)
+    directory = newest_version(name, data_dir)
     info = tfds.builder_from_directory(directory).info
     encoding = info.features['image'].encoding_format or 'png'
     shards, faults = _read_all(info, full, workers)
@@ -79,22 +81,6 @@ def verify(
         verdict = f'no digest is published for this data, so theirs are now in {written}'
     counts = ', '.join(f'{info.splits[split].num_examples:,} {split}' for split in found)
     return f'verified: {directory}: {counts} examples, {verdict}'
-
-
-def find(name: str, data_dir: Path) -> Path:
-    """The folder …/NAME/VERSION or …/NAME/CONFIG/VERSION of a dataset, the newest if several."""
-    root = data_dir / name
-    found = [
-        path.parent
-        for path in root.glob('**/dataset_info.json')
-        if not any(part.startswith('incomplete') for part in path.relative_to(root).parts)
-    ]
-    if not found:
-        raise FileNotFoundError(
-            f'there is no prepared dataset in {root}; prepare it with: '
-            f'scripts/download_dataset.sh {name.removesuffix("2012")} {data_dir}'
-        )
-    return max(found, key=lambda path: tuple(map(int, path.name.split('.'))))
 
 
 def _read_all(

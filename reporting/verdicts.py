@@ -51,15 +51,21 @@ def _said(function: Callable[[], Any]) -> tuple[Any, str]:
         root.handlers = others
 
 
+def accepted(log: Path) -> tuple[bool, str]:
+    """The official compliance checker's verdict on one log."""
+    checker = mlp_compliance.make_checker('training', RULESET, quiet=False, werror=False)
+    rules = f'training_{RULESET}/common.yaml'
+    (passed, *_), text = _said(lambda: mlp_compliance.main(str(log), rules, checker))
+    return passed, text
+
+
 def complies(log: Path) -> tuple[bool, str]:
-    """The verdict on one log: the official compliance checker's, and that it met its target.
+    """Whether a log can be part of a result: the checker accepts it, and it met its target.
 
     The checker alone passes an aborted run of the open division: its rules ask for a status, not
     for which.
     """
-    checker = mlp_compliance.make_checker('training', RULESET, quiet=False, werror=False)
-    rules = f'training_{RULESET}/common.yaml'
-    (passed, *_), text = _said(lambda: mlp_compliance.main(str(log), rules, checker))
+    passed, text = accepted(log)
     if not passed:
         return False, text
     try:

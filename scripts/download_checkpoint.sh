@@ -18,9 +18,8 @@ esac
 [[ $# -le 2 ]] || die "too many arguments; see scripts/download_checkpoint.sh --help"
 url="${2:-https://download.pytorch.org/models/resnet50-0676ba61.pth}"
 
-# .pth files are read by PyTorch, which must not meet the GPU lock (see requirements-torch.txt).
-if [[ "$url" == *.pth ]]; then
-    if has_gpu; then export VENV="$VENV-cpu"; fi
+if [[ "$url" == *.pth ]]; then # These are read by PyTorch.
+    use_test_environment
     "$ROOT/scripts/setup_env.sh" --cpu --test
 else
     "$ROOT/scripts/setup_env.sh"

@@ -17,11 +17,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 case "${1:-}" in
-    digits | cifar10) name="$1" ;;
-    imagenet | imagenet2012) name=imagenet ;;
     -h | --help | '') print_help; exit ;;
-    *) die "unknown dataset $1; known are digits, cifar10 and imagenet" ;;
 esac
+name="$(dataset_name "$1")"
 shift
 data_dir="$ROOT/data"
 if [[ $# -gt 0 && "$1" != -* ]]; then
@@ -31,4 +29,4 @@ if [[ $# -gt 0 && "$1" != -* ]]; then
 fi
 "$ROOT/scripts/setup_env.sh"
 export PYTHONPATH="$ROOT"
-exec "$VENV/bin/python" -m data_preparation "$name" --data_dir="$data_dir" "$@"
+exec "$VENV/bin/python" -m data_preparation "${name%2012}" --data_dir="$data_dir" "$@"

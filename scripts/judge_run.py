@@ -10,27 +10,14 @@ Exit status: 0 the target was reached and the log is accepted, 1 not, 2 there is
 import argparse
 import datetime
 import getpass
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mlperf_log
-
-RULESET = '4.0.0'
-
-
-def accepted(log: Path) -> tuple[bool, str]:
-    """The compliance checker's verdict on one log, and what it said."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, '-m', 'mlperf_logging.compliance_checker']
-        command += ['--usage', 'training', '--ruleset', RULESET]
-        command += ['--log_output', f'{folder}/checker.log', str(log.resolve())]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    return done.returncode == 0, done.stdout + done.stderr
+from reporting import verdicts
 
 
 def only(events: list[dict[str, Any]], key: str) -> dict[str, Any]:
@@ -40,12 +27,18 @@ def only(events: list[dict[str, Any]], key: str) -> dict[str, Any]:
 
 def main() -> int:
     """The program; its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('workdir', type=Path)
     parser.add_argument('--name', default='resnet')
     flags = parser.parse_args()
     log = flags.workdir / 'mlperf.log'
-    events = mlperf_log.read(log) if log.is_file() else []
+    try:
+        events = mlperf_log.read(log) if log.is_file() else []
+    except mlperf_log.LogError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
     if not any(event['key'] == 'run_stop' for event in events):
         print(f'error: {flags.workdir} holds no finished run', file=sys.stderr)
         return 2
@@ -58,10 +51,10 @@ def main() -> int:
     epochs = last['metadata']['epoch_num']
     examples = epochs * only(events, 'train_samples')['value']
     reached = stop['metadata']['status'] == 'success'
-    good, said = accepted(log)
+    good, said = verdicts.accepted(log)
 
     verdict = 'accepted' if good else 'REFUSED'
-    print(f'log        {log}: {verdict} by the compliance checker ({RULESET})')
+    print(f'log        {log}: {verdict} by the compliance checker ({verdicts.RULESET})')
     if not good:
         print(said)
     print(f'accuracy   {last["value"]:.5f} top-1 after {epochs} epochs (best {best["value"]:.5f})')

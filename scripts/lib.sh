@@ -37,6 +37,21 @@ find_python() {
         "Install Python 3.11, or name one: PYTHON=/path/to/python3.11 $0"
 }
 
+# use_test_environment: VENV becomes one that may hold PyTorch, which must not meet the GPU lock (see
+# requirements-torch.txt): where .venv holds that lock, the tests have an environment of their own.
+use_test_environment() {
+    if has_gpu; then export VENV="$VENV-cpu"; fi
+}
+
+# dataset_name NAME: prints the name that a dataset's folder has.
+dataset_name() {
+    case "$1" in
+        digits | cifar10) echo "$1" ;;
+        imagenet | imagenet2012) echo imagenet2012 ;;
+        *) die "unknown dataset $1; known are digits, cifar10 and imagenet" ;;
+    esac
+}
+
 # has_gpu: true where an NVIDIA driver answers and sees a GPU.
 has_gpu() {
     [[ "$(nvidia-smi -L 2>/dev/null)" == GPU* ]]

@@ -168,7 +168,7 @@ def page(runs: Sequence[FinishedRun], faults: Sequence[RunError], drawn: Mapping
     config = [
         (entry.name, first.config[entry.name], entry.help)
         for entry in hyperparameters.TABLE
-        if entry.name != 'seed'
+        if entry.name not in ('seed', 'data_dir')  # Each run's own; a folder of one machine.
     ]
     results = [
         (run.directory.name, run.config['seed'], 'reached' if run.reached else 'MISSED', run.epochs,

@@ -16,9 +16,7 @@ case "${1:-}" in
     -h | --help) print_help; exit ;;
 esac
 
-# PyTorch, the tests' peer, must not meet the GPU lock (see requirements-torch.txt): where .venv holds the
-# GPU lock, the tests have an environment of their own.
-if has_gpu; then export VENV="$VENV-cpu"; fi
+use_test_environment
 "$ROOT/scripts/setup_env.sh" --cpu --test
 cd "$ROOT"
 export PATH="$VENV/bin:$PATH"

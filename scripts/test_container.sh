@@ -31,7 +31,7 @@ if builder="$(for b in docker podman; do "$b" info &> /dev/null && echo "$b" && 
     build() { "$builder" build --build-arg "LOCK=$lock" --tag "$image" "${build_options[@]}" .; }
     in_image() { "$builder" run --rm "$image" "$@"; }
     trap '"$builder" rmi --force "$image" > /dev/null' EXIT
-elif command -v buildah mmdebstrap > /dev/null && [[ "$(id -u)" == 0 ]]; then
+elif command -v buildah > /dev/null && command -v mmdebstrap > /dev/null && [[ "$(id -u)" == 0 ]]; then
     builder='buildah, on a stand-in for the base image'
     storage="$(mktemp -d)"
     trap 'rm -rf "$storage"' EXIT

@@ -209,7 +209,9 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     """The program."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--data_dir', default='data')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--out', type=Path, default=Path('docs'))

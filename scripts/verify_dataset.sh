@@ -13,11 +13,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 case "${1:-}" in
-    digits | cifar10) name="$1" ;;
-    imagenet | imagenet2012) name=imagenet2012 ;;
     -h | --help | '') print_help; exit ;;
-    *) die "unknown dataset $1; known are digits, cifar10 and imagenet" ;;
 esac
+name="$(dataset_name "$1")"
 shift
 data_dir="$ROOT/data"
 if [[ $# -gt 0 && "$1" != -* ]]; then

@@ -18,6 +18,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from data_preparation import archives, cifar10, digits, imagenet, imagenet_archives, manifest
 from data_preparation.verify import verify
 from image_preprocessing import decode
+from records import DatasetError
 from tests.ilsvrc_archives import (
     CMYK_NAME,
     PNG_NAME,
@@ -116,7 +117,7 @@ def test_half_written_digits_are_not_taken_for_whole(tmp_path, monkeypatch):
         patch.setattr(digits.Digits, '_generate_examples', interrupted)
         with pytest.raises(KeyboardInterrupt):
             digits.prepare(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r'scripts/download_dataset.sh digits'):
+    with pytest.raises(DatasetError, match=r'scripts/download_dataset.sh digits'):
         verify('digits', tmp_path, full=False, manifest_file=None, workers=1)
     digits.prepare(tmp_path)
     verify('digits', tmp_path, full=False, manifest_file=None, workers=1)

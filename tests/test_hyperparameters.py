@@ -11,7 +11,7 @@ import main
 import models
 from hyperparameters import ConfigError, resolve
 
-CONFIGS = ('digits', 'cifar10', 'imagenet')
+CONFIGS = ('digits', 'cifar10', 'cifar10_small', 'imagenet')
 
 
 def load(name):
@@ -51,6 +51,9 @@ def test_model_names_are_those_of_the_models():
         ({'eval_offset_epochs': '4'}, '0, 1, 2 or 3'),
         ({'max_epochs': '50'}, 'an epoch that is evaluated; nearest that are: 48, 52'),
         ({'target_top1': '75.9'}, 'in (0, 1)'),
+        ({'target_top1': '0.3'}, 'with target_top1=0.3 add --config.division=open'),
+        ({'init_from': 'x', 'image_size': '64'}, 'with image_size=64, init_from=x add --config'),
+        ({'division': 'half'}, "division='half' breaks the rule: open; or closed"),
         ({'end_learning_rate': '0.001'}, 'one of 0.0001'),
         ({'lars_epsilon': '1e-7'}, 'one of 0.0'),
         ({'dtype': 'tf32'}, 'one of float32'),

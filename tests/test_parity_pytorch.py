@@ -308,7 +308,7 @@ def train_ours(config, plan, micro_batches) -> tuple[dict, list[float], dict]:
 
 
 def rate(config, plan, t: int) -> float:
-    """The specification's schedule, in Python's own numbers."""
+    """The official schedule, in Python's own numbers."""
     base, end, warmup, decay = config['learning_rate'], 1e-4, plan.warmup_steps, plan.decay_steps
     if t <= warmup:
         return base * t / warmup
@@ -317,7 +317,7 @@ def rate(config, plan, t: int) -> float:
 
 @torch.no_grad()
 def step_theirs(config, parameters, velocities, eta: float):
-    """One step of the specification's equations, on PyTorch's gradients.
+    """One step of the official equations, on PyTorch's gradients.
 
     LARS: v ← μ·v - η·r·(g + λ·w), r = 0.001·‖w‖ / (‖g‖ + λ·‖w‖); r = 1 and λ = 0 for vectors.
     SGD:  v ← μ·v - η·(g + 2·λ·w), λ = 0 for BatchNorm. Then w ← w + v.

@@ -62,10 +62,3 @@ def test_a_batch_that_does_not_fit_tells_what_does():
         plan(per_device_batch=192)
     with pytest.raises(ConfigError, match='larger than the training set of 1437'):
         plan(name='digits', num_train=1437, global_batch_size=2048)
-
-
-@pytest.mark.parametrize('num_eval', [1, 63, 64, 65, 50_000])
-def test_evaluation_batches_hold_the_whole_set(num_eval):
-    made = plan(num_eval=num_eval)
-    assert (made.eval_batches - 1) * made.micro_batch < num_eval
-    assert num_eval <= made.eval_batches * made.micro_batch
