@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hyperparameters import ACCELERATORS, ConfigError, is_evaluated
+from hyperparameters import ACCELERATORS, ConfigError
+from rules import is_evaluated
 
 
 @dataclasses.dataclass(frozen=True)
