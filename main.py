@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import backend
 import hyperparameters
 
 EXIT_REACHED, EXIT_MISSED, EXIT_REFUSED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75
@@ -110,9 +111,7 @@ def load_config(specification: str) -> Mapping[str, Any]:
 
 def prepare_jax(config: Mapping[str, Any], workdir: Path | None) -> None:
     """Settings that JAX reads when it is imported or started."""
-    if config['deterministic']:
-        flags = '--xla_gpu_exclude_nondeterministic_ops=true'
-        os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip()
+    backend.set_xla_flags(*backend.DETERMINISTIC_GPU_FLAGS * config['deterministic'])
     os.environ['NVIDIA_TF32_OVERRIDE'] = '0'  # A second lock: float32 is float32.
 
     import jax

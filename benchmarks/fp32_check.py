@@ -26,8 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import backend
 import models
 from models import resnet
+
+backend.set_xla_flags()
 
 LIMIT = 1e-5
 CLASSES = 10

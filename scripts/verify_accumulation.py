@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +29,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+import backend
 import distributed
 import hyperparameters
 import optimizers
@@ -38,6 +38,8 @@ from configs import digits
 from image_classification import ImageClassification
 from input_pipeline import Pipeline, find_dataset
 from plan import Plan, make_plan
+
+backend.set_xla_flags('--xla_force_host_platform_device_count=8')
 
 SPAN, GENTLE_STEPS = 8, 30
 # Small steps: at the recipe's rate training amplifies any difference of rounding.

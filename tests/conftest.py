@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import backend
+
 # Before JAX is imported.
-os.environ['XLA_FLAGS'] = (
-    f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
-)
+backend.set_xla_flags('--xla_force_host_platform_device_count=8')
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 
