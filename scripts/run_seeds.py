@@ -3,14 +3,17 @@
 
     run_seeds.py --config=configs/digits.py --runs=N [--jobs=J] [--out=DIR] [--config.NAME=VALUE …]
 
-Run i has the work directory DIR/i and prints into DIR/i.txt. The same command goes on where it was
-stopped: finished runs are kept, whether they met their target or not; interrupted ones go on from
-their checkpoint with their seed; one whose work directory is damaged is set aside and repeated.
+Run i has the work directory DIR/i and adds its words to DIR/i.txt. The same command goes on where
+it was stopped: finished runs are kept, whether they met their target or not; interrupted ones go on
+from their checkpoint with their seed. One that cannot go on counts as failed and is left alone.
+Ctrl-C, SIGTERM and SIGHUP let the runs save and end; should this program itself be killed, the
+system sends them SIGTERM.
 Exit status: 0 all runs met their target, 1 some did not, 2 refused, 3 some failed, 75 interrupted.
 """
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -26,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hyperparameters
 import main as program
 from reporting import convergence
+from scripts import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB_PER_RUN = 2  # What a small run needs; the default number of jobs is meant for small runs.
@@ -141,26 +145,20 @@ def finished(directory: Path, config: Mapping[str, Any]) -> int | None:
       ValueError: when it is a run of another configuration.
     """
     try:
-        run = convergence.read_run(directory)
-    except convergence.RunError:
+        theirs = json.loads((directory / 'config.json').read_text())
+    except (OSError, ValueError):  # Not begun, or damaged, which main.py will say.
         return None
-    differences = hyperparameters.differences(
-        dict(config) | {'seed': run.config['seed']}, run.config
-    )
+    differences = hyperparameters.differences(dict(config) | {'seed': theirs.get('seed')}, theirs)
     if differences:
         raise ValueError(
             f'{directory} holds a run of another configuration ({"; ".join(differences)}); choose '
             'another folder with --out'
         )
+    try:
+        run = convergence.read_run(directory)
+    except convergence.RunError:
+        return None
     return program.EXIT_REACHED if run.reached else program.EXIT_MISSED
-
-
-def set_aside(directory: Path) -> Path:
-    """Renames a damaged work directory to the first free DIR.damaged-K; the new name."""
-    number = 1
-    while (to := directory.with_name(f'{directory.name}{convergence.DAMAGED}{number}')).exists():
-        number += 1
-    return directory.rename(to)
 
 
 class Seeds:
@@ -171,8 +169,7 @@ class Seeds:
         self.tally = Tally()
         self.waiting: list[Path] = []
         self.running: dict[Path, subprocess.Popen] = {}
-        self._repeated: set[Path] = set()
-        self.stopped = False
+        self.asked = self.stopped = False
         width = max(3, len(str(flags.runs)))
         for number in range(1, flags.runs + 1):
             directory = flags.out / f'{number:0{width}}'
@@ -186,17 +183,21 @@ class Seeds:
         """Starts, or goes on with, the run of a work directory."""
         command = [sys.executable, str(ROOT / 'main.py'), f'--config={self._flags.config}']
         command += [f'--workdir={directory}', *self._fields]
-        with directory.with_suffix('.txt').open('w') as output:
+        with directory.with_suffix('.txt').open('a') as output:
             # A session of its own: Ctrl-C reaches this program alone, which passes it on once.
             self.running[directory] = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=launch._end_with_parent,
             )
 
     def collect(self) -> None:
         """Takes note of the runs that ended.
 
         Raises:
-          ValueError: when one was refused for a fault that all have.
+          ValueError: when a new one was refused, for all would be.
         """
         for directory, process in list(self.running.items()):
             status = process.poll()
@@ -212,16 +213,25 @@ class Seeds:
 
     def _refused(self, directory: Path) -> None:
         said = directory.with_suffix('.txt').read_text().strip().splitlines()
-        if directory in self._repeated or not (directory / 'config.json').exists():
-            raise ValueError(f'run {directory.name} was refused: {said[-1] if said else "no word"}')
+        text = f'run {directory.name} was refused: {said[-1] if said else "no word"}'
+        if not (directory / 'config.json').exists():
+            raise ValueError(text)
+        # It may be in use and healthy, so nothing is moved here.
         print(
-            f'\n{directory} is damaged; it is now {set_aside(directory)}, and run again', flush=True
+            f'\n{text}. If it is damaged, rename {directory} to '
+            f'{directory.name}{convergence.DAMAGED}1: the same command then repeats it',
+            flush=True,
         )
-        self._repeated.add(directory)
-        self.waiting.insert(0, directory)
+        self.tally.add(program.EXIT_REFUSED)
+
+    def ask(self, *_) -> None:
+        """The handler of signals: the loop acts on it where nothing is half done."""
+        self.asked = True
 
     def stop(self) -> None:
-        """Lets every run save and end."""
+        """Lets every run save and end. Tells them once: a second time they would not save."""
+        if self.stopped:
+            return
         self.stopped = True
         self.waiting.clear()
         for process in self.running.values():
@@ -231,6 +241,8 @@ class Seeds:
         """Keeps the jobs busy until all is done."""
         try:
             while self.waiting or self.running:
+                if self.asked:
+                    self.stop()
                 while self.waiting and len(self.running) < self._flags.jobs:
                     self.start(self.waiting.pop(0))
                 bar.show(self.tally, len(self.running))
@@ -238,10 +250,11 @@ class Seeds:
                 self.collect()
             bar.show(self.tally, 0)
         finally:
-            bar.close()
+            if self.running:
+                self.stop()
             for process in self.running.values():
-                process.terminate()
                 process.wait()
+            bar.close()
 
 
 def main(arguments: list[str]) -> int:
@@ -251,8 +264,9 @@ def main(arguments: list[str]) -> int:
         config = resolve(flags.config, fields)
         flags.out.mkdir(parents=True, exist_ok=True)
         seeds = Seeds(flags, fields, config)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: seeds.stop())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # As nohup leaves it.
+                signal.signal(number, seeds.ask)
         seeds.to_the_end(Bar(flags.runs, seeds.tally.done))
     except (ValueError, OSError) as error:
         return program.complain(error, program.EXIT_REFUSED)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many seeds: finished runs are kept, broken ones repeated, the rest refused with a reason.
+"""Many seeds: finished runs are kept, others go on, and what cannot is left alone with a reason.
 
 The training program is replaced by one that writes a run's files at once, or does what the file
 BEHAVIOUR in the folder of the runs says for that run.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -29,11 +28,17 @@ workdir = Path(flags.pop('workdir'))
 flags.pop('config')
 config = resolve('digits', **{{k.removeprefix('config.'): v for k, v in flags.items()}})
 behaviour = json.loads((workdir.parent / 'BEHAVIOUR').read_text()).get(workdir.name, 'reach')
-print(f'run {{workdir.name}} will {{behaviour}}', flush=True)
 if (workdir / 'config.json').exists():
+    print('error: a line is damaged', file=sys.stderr)
     sys.exit(2)
 if behaviour == 'wait':
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    def save(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1)
+        print('saved', flush=True)
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+    print('running', flush=True)
     time.sleep(60)
 if behaviour == 'fail':
     sys.exit(3)
@@ -88,12 +93,19 @@ def test_failed_run_is_tried_again_next_time(seeds):
     assert seeds('--runs=2')[0] == 0
 
 
-def test_damaged_work_directory_is_set_aside_and_repeated(seeds):
+def test_run_that_cannot_go_on_is_left_alone_and_the_others_are_made(seeds, capsys):
     _, out = seeds('--runs=2')
     (out / '002' / 'mlperf.log').write_text('no log')
-    assert seeds('--runs=2')[0] == 0
-    assert (out / '002.damaged-1' / 'mlperf.log').read_text() == 'no log'
-    assert 'run_stop' in (out / '002' / 'mlperf.log').read_text()
+    capsys.readouterr()
+    status, _ = seeds('--runs=3')
+    assert status == 3
+    assert (out / '002' / 'mlperf.log').read_text() == 'no log'
+    said = capsys.readouterr().out
+    assert 'run 002 was refused: error: a line is damaged' in said
+    assert '2 reached the target, 0 missed it, 1 failed' in said
+    assert f'rename {out / "002"} to 002.damaged-1' in said
+    (out / '002').rename(out / '002.damaged-1')
+    assert seeds('--runs=3')[0] == 0
 
 
 def test_fault_of_all_runs_ends_at_once_with_its_words(seeds, capsys):
@@ -112,13 +124,17 @@ def test_fault_of_all_runs_ends_at_once_with_its_words(seeds, capsys):
 )
 def test_refusals(seeds, capsys, arguments, words):
     _, out = seeds('--runs=1')
+    with (out / '001' / 'mlperf.log').open('r+') as log:  # As of a run that was interrupted.
+        log.truncate(1000)
     before = sorted(out.iterdir())
     assert seeds('--runs=2', *arguments)[0] == 2
     assert words in capsys.readouterr().err
     assert sorted(out.iterdir()) == before
 
 
-def test_sigterm_lets_the_runs_save_and_end(tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_signals_let_the_runs_save_and_end(tmp_path, number):
+    """Repeated, too; after SIGKILL the system is who tells the runs."""
     program, out = tmp_path / 'program', tmp_path / 'out'
     program.mkdir()
     out.mkdir()
@@ -130,17 +146,48 @@ def test_sigterm_lets_the_runs_save_and_end(tmp_path):
         f'sys.exit(run_seeds.main(["--runs=2", "--jobs=2", "--out={out}"]))'
     )
     process = subprocess.Popen([sys.executable, '-c', text], stdout=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not all(
-        path.exists() and 'will wait' in path.read_text()
-        for path in (out / '001.txt', out / '002.txt')
-    ):
-        time.sleep(0.1)
+
+    def until_both_say(word):
+        until = time.monotonic() + 60
+        texts = [out / '001.txt', out / '002.txt']
+        while not all(path.exists() and word in path.read_text() for path in texts):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+    until_both_say('running')
+    process.send_signal(number)
     time.sleep(0.5)
-    os.kill(process.pid, signal.SIGTERM)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=30)
-    assert process.returncode == 75
-    assert 'the same command goes on' in said
+    until_both_say('saved')
+    if number != signal.SIGKILL:
+        assert process.returncode == 75
+        assert 'the same command goes on' in said
+
+
+def test_signal_while_a_run_is_started_reaches_that_run(seeds, monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, 'Popen', Popen)
+    assert seeds('--runs=3', run_001='wait', run_002='wait')[0] == 75
+    assert len(started) <= 2
+    assert {process.poll() for process in started} <= {75, -signal.SIGTERM}
+
+
+def test_what_is_ignored_stays_ignored(seeds):
+    """As nohup does it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert seeds('--runs=1')[0] == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_finished_reads_what_a_run_left(tmp_path):
