@@ -8,19 +8,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 import checkpointing
 import distributed
 import hyperparameters
-import optimizers
 import train_lib
 from image_classification import ImageClassification
 from input_pipeline import Dataset, Pipeline
-from plan import make_plan
 
 
 def evaluate(config: Mapping[str, Any], dataset: Dataset) -> dict[str, float]:
     """Evaluates the checkpoint `init_from`; writes nothing.
+
+    Nothing of training is compiled or judged: a global batch that does not fit the devices does not
+    matter here.
 
     Returns:
       {'eval_top1', 'eval_loss', 'examples'}: every example of the set counts once.
@@ -33,27 +35,22 @@ def evaluate(config: Mapping[str, Any], dataset: Dataset) -> dict[str, float]:
         raise hyperparameters.ConfigError(
             'evaluation needs --config.init_from=PATH, a checkpoint (WORKDIR/checkpoints/STEP)'
         )
-    plan = make_plan(
-        config,
-        num_train=dataset.num_train,
-        num_eval=dataset.num_eval,
-        num_devices=jax.device_count(),
-    )
-    mesh = train_lib.make_mesh()
     task = ImageClassification(config, dataset.num_classes)
     shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
     weights = distributed.lead_does(lambda: _weights(Path(config['init_from']), zeros, dataset))
     weights = distributed.from_lead(zeros if weights is None else weights)
-    programs = train_lib.compile_steps(
-        task, optimizers.create(config, plan), plan.micro_batch, mesh
-    )
-    variables = programs.to_all(weights)
-    flags = programs.to_devices(np.zeros(len(mesh.local_devices), np.int32))
-    share = distributed.share_of(mesh, plan.micro_batch)
+    mesh, place = train_lib.make_mesh(), jax.make_array_from_process_local_data
+    replicated = NamedSharding(mesh, train_lib.REPLICATED)
+    sharded = NamedSharding(mesh, train_lib.SHARDED)
+    sums_of = jax.jit(task.evaluate, out_shardings=replicated)
+    variables = jax.tree.map(lambda x: place(replicated, x, x.shape), weights)
+    fitting = config['per_device_batch'] or hyperparameters.ACCELERATORS[config['accelerator']]
+    per_device_batch = min(fitting, -(-dataset.num_eval // mesh.size))
+    share = distributed.share_of(mesh, mesh.size * per_device_batch)
     totals: dict[str, Any] = collections.defaultdict(int)
     for batch in Pipeline(dataset, config, 0, share).evaluation():
-        sums, _ = programs.evaluate(variables, programs.to_devices(batch), flags)
+        sums = sums_of(variables, jax.tree.map(lambda x: place(sharded, x), batch))
         for name, value in jax.device_get(sums).items():
             totals[name] += value.item()
     return task.quality(totals) | {'examples': totals['examples']}

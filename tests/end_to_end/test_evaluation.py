@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def run(program, *flags, status=0):
+def run(program, *flags, status=0, devices=1):
     environment = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+    environment['JAX_NUM_CPU_DEVICES'] = str(devices)
     done = subprocess.run(
         [sys.executable, ROOT / program, *map(str, flags)],
         capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=900,
@@ -43,15 +44,18 @@ def newest(workdir: Path) -> Path:
 
 
 def test_evaluation_repeats_what_the_run_reported(trained, digits_dir, tmp_path):
-    """Of the run's checkpoint, and of the same weights after a journey through PyTorch's form."""
+    """Of the run's checkpoint, and of the same weights after a journey through PyTorch's form.
+
+    On three devices too, among which the training batch of 128 cannot be shared out.
+    """
     lines = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
     reported = next(line for line in reversed(lines) if 'eval_top1' in line)
     run('scripts/convert_checkpoint.py', 'to-pytorch', newest(trained), tmp_path / 'w.safetensors')
     run('scripts/convert_checkpoint.py', 'from-pytorch', tmp_path / 'w.safetensors', tmp_path / 'w')
     before = sorted(tmp_path.rglob('*'))
-    for checkpoint in (newest(trained), tmp_path / 'w'):
+    for checkpoint, devices in (newest(trained), 1), (newest(trained), 3), (tmp_path / 'w', 1):
         result = json.loads(run('main.py', '--mode=eval', f'--config.data_dir={digits_dir}',
-                                f'--config.init_from={checkpoint}'))  # fmt: skip
+                                f'--config.init_from={checkpoint}', devices=devices))  # fmt: skip
         assert result['examples'] == 360
         assert result['eval_top1'] == reported['eval_top1']
         assert result['eval_loss'] == pytest.approx(reported['eval_loss'], rel=1e-6)
