@@ -81,11 +81,15 @@ def _decode_top(encoded: bytes, height_at: int, rows: int) -> np.ndarray:
     """Decodes at least the first `rows` rows of a sequential JPEG, and not many more.
 
     The decoder is told that the image ends two rows further down (chroma is interpolated from the
-    next row), and so leaves the rest of the bytes alone, entropy decoding included.
+    next row), and so leaves the rest of the bytes alone, entropy decoding included. What it refuses
+    even so is for `decode`, which knows other decoders and says what is wrong.
     """
     shortened = bytearray(encoded)
     shortened[height_at : height_at + 2] = (rows + 2).to_bytes(2, 'big')
-    return simplejpeg.decode_jpeg(shortened, 'RGB', fastdct=True, strict=False)
+    try:
+        return simplejpeg.decode_jpeg(shortened, 'RGB', fastdct=True, strict=False)
+    except ValueError:
+        return decode(encoded)
 
 
 def sample_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -113,6 +113,29 @@ def test_a_crop_of_a_jpeg_equals_the_crop_of_its_full_decoding(subsampling, seed
     np.testing.assert_array_equal(actual, expected)
 
 
+def test_an_unusual_chroma_sampling_is_cropped_as_it_is_decoded():
+    """Three grey values to a colour: libjpeg knows it, libjpeg-turbo's own interface does not.
+
+    By hand, for no encoder at hand writes it: a block is a byte, one step brighter or darker than
+    the one before it, and after three of them a zero says that there is no colour.
+    """
+    header = simplejpeg.encode_jpeg(
+        np.zeros((200, 312, 3), np.uint8), quality=20, colorsubsampling='444'
+    )
+    header = bytearray(header[: header.index(b'\xff\xda') + 14])
+    header[header.index(b'\xff\xc0') + 11] = 0x31
+    steps = np.random.default_rng(0).choice(np.array([0x4A, 0x5A], np.uint8), (25 * 13, 3))
+    jpeg = bytes(header) + np.pad(steps, ((0, 0), (0, 1))).tobytes() + b'\xff\xd9'
+    with pytest.raises(ValueError, match='subsampling'):
+        simplejpeg.decode_jpeg(jpeg)
+    whole = ip.decode(jpeg)
+    assert whole.std() > 20
+    for seed in range(6):
+        actual = ip.decode_and_random_crop(jpeg, np.random.default_rng(seed), size=64)
+        expected = ip.decode_and_random_crop(as_png(whole), np.random.default_rng(seed), size=64)
+        np.testing.assert_array_equal(actual, expected)
+
+
 @pytest.mark.parametrize('sampling', ['411', '420', '422', '440', '444'])
 @pytest.mark.parametrize('kind', ['plain', 'restart markers', 'progressive', 'optimized'])
 def test_the_top_of_a_jpeg_equals_the_top_of_its_full_decoding(sampling, kind):
