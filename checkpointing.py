@@ -2,11 +2,12 @@
 """Checkpoints of whole optimizer steps, with nothing in them about hardware.
 
 A checkpoint is a tree of NumPy arrays (weights, running statistics, optimizer state, step, loss
-scale) and a small JSON record (step, seed, configuration, checksum). Process 0 writes it with
-Orbax, in the background; at the start it reads the newest good one and the others receive it, so
-a run continues on any number of devices and processes.
+scale) and a small JSON record (step, configuration with the seed, checksum). Process 0 writes it
+with Orbax, in the background; at the start it reads the newest good one and the others receive it,
+so a run continues on any number of devices and processes.
 """
 
+import itertools
 import logging
 import zlib
 from collections.abc import Callable, Mapping
@@ -25,6 +26,10 @@ KEPT = 2  # The newest, and the one before it in case the newest is damaged.
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read; the text says which and what to do."""
+
+
+class SaveError(RuntimeError):
+    """What was to be kept could not be saved; the text says what is kept instead."""
 
 
 def to_tree(state: TrainState) -> dict[str, Any]:
@@ -132,6 +137,7 @@ class Checkpoints:
         self._directory, self._report = directory.resolve(), report
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = self._open()
+        self._landed = True  # The last save, or it is on its way.
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -153,6 +159,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(tree['step'])
+        self._landed = True
         if step in self._manager.all_steps():
             return
         try:
@@ -175,6 +182,7 @@ class Checkpoints:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
+        self._landed = False
         self._report(f'a checkpoint could not be saved in {self._directory}: {_first_line(error)}')
         try:
             self._manager.close()
@@ -200,8 +208,9 @@ class Checkpoints:
                 continue
             check(tree, template)
             for path in damaged:  # Out of the way of the run, which comes by these steps again.
-                path.rename(path.with_name(f'damaged-{path.name}'))
-                self._report(f'{path} is now damaged-{path.name}; going on from step {step}')
+                aside = _free(path.with_name(f'damaged-{path.name}'))
+                path.rename(aside)
+                self._report(f'{path} is now {aside.name}; going on from step {step}')
             self._manager.reload()
             return tree
         if damaged:
@@ -211,10 +220,17 @@ class Checkpoints:
             )
         return None
 
-    def close(self) -> None:
-        """Waits for the last save and ends the background threads."""
+    def close(self) -> bool:
+        """Waits for the last save and ends the background threads; whether that save landed."""
         self.wait()
         self._manager.close()
+        return self._landed
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, … that does not exist."""
+    numbered = (path.with_name(f'{path.name}-{n}') for n in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

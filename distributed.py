@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of a run: how they find each other, agree, and are asked to stop."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -27,9 +28,10 @@ class StartError(RuntimeError):
 def _in_cluster() -> bool:
     """Whether a launcher that JAX knows how to ask has started this process, among others."""
     environment = os.environ
-    slurm = 'SLURM_STEP_NODELIST' in environment and int(environment['SLURM_NTASKS']) > 1
+    slurm = 'SLURM_STEP_NODELIST' in environment and int(environment.get('SLURM_NTASKS', 1)) > 1
     open_mpi = (
-        'OMPI_MCA_orte_hnp_uri' in environment and int(environment['OMPI_COMM_WORLD_SIZE']) > 1
+        'OMPI_MCA_orte_hnp_uri' in environment
+        and int(environment.get('OMPI_COMM_WORLD_SIZE', 1)) > 1
     )
     # Of the pods of a cluster, only those of an indexed job belong together.
     kubernetes = 'KUBERNETES_SERVICE_HOST' in environment and 'JOB_COMPLETION_INDEX' in environment
@@ -152,6 +154,8 @@ class StopRequest:
 
     def _handle(self, number, frame):
         if self.received:
+            for data_process in multiprocessing.active_children():
+                data_process.terminate()
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = signal.Signals(number).name

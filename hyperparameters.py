@@ -130,7 +130,8 @@ _HARDWARE = (
      one_of(*ACCELERATORS)),
     ('data_processes', int, 'Decoding processes per training process; 0: threads alone.',
      NOT_NEGATIVE),
-    ('cache_gib', float, 'Decoded images stay in memory if all of them need at most so many GiB.',
+    ('cache_gib', float, 'Decoded images of a split stay in the memory of each process that reads '
+     'them, if all of them need at most so many GiB.',
      NOT_NEGATIVE),
     ('deterministic', bool, 'Bitwise reproducible on a GPU too, at some cost in speed.', ANY),
 )

@@ -25,6 +25,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from hyperparameters import ConfigError
 from image_cache import ImageCache
 from image_classification import PADDING_LABEL
 from image_preprocessing import (
@@ -74,6 +75,8 @@ class Images:
     def __init__(self, records: Records, count: int, config: Mapping[str, Any], threads: int):
         self._records, self._threads = records, threads
         self._size, self._augmentation = config['image_size'], config['augmentation']
+        if self._augmentation == 'crop_resize':
+            import resampling  # noqa: F401  # Compiled, or loaded, before the clock starts.
         self._padding = self._size // 8 if self._augmentation.startswith('pad_crop') else 0
         self._flip = self._augmentation == 'pad_crop_flip'
         room = (count, self._size, self._padding)
@@ -283,9 +286,18 @@ class Pipeline:
       config: resolved.
       seed: the run's.
       share: this process's part of a micro-batch.
+
+    Raises:
+      ConfigError: when the images would have to be resized and are not.
     """
 
     def __init__(self, dataset: Dataset, config: Mapping[str, Any], seed: int, share: Share):
+        if config['augmentation'] != 'crop_resize' and dataset.image_size != config['image_size']:
+            raise ConfigError(
+                f'image_size={config["image_size"]}: the images of {dataset.name} are of '
+                f'{dataset.image_size or "several sizes"}, and augmentation='
+                f'{config["augmentation"]} does not resize'
+            )
         self._config = dict(config)
         evaluation = EVAL_SPLIT[dataset.name]
         threads = config['data_threads'] or len(os.sched_getaffinity(0))

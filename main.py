@@ -12,6 +12,7 @@ saved.
 
 import argparse
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -144,7 +145,7 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
         mlperf_log.LogError,
         distributed.StartError,
     )
-    failed = (input_pipeline.DataError, train_loop.NonFiniteError)
+    failed = (input_pipeline.DataError, train_loop.NonFiniteError, checkpointing.SaveError)
     try:
         dataset = input_pipeline.find_dataset(config['dataset'], config['data_dir'])
         distributed.initialize(
@@ -163,8 +164,8 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
     except Exception:
         traceback.print_exc()
         several = 'lost another process (see what the others say), or ' * distributed.is_several()
-        advice = 'the last checkpoint is good: the same command goes on from there'
-        return complain(RuntimeError(f'{several}failed as shown above; {advice}'), EXIT_FAILED)
+        advice = '; the same command goes on from the last checkpoint' * (flags.mode == 'train')
+        return complain(RuntimeError(f'{several}failed as shown above{advice}'), EXIT_FAILED)
     if distributed.is_lead():
         print(f'{flags.workdir}: {outcome.value}', flush=True)
     return {
@@ -198,5 +199,7 @@ if __name__ == '__main__':
     if status == EXIT_FAILED:
         # At its exit JAX would wait for the other processes, which may wait for this one.
         sys.stdout.flush()
+        for data_process in multiprocessing.active_children():
+            data_process.terminate()
         os._exit(status)
     sys.exit(status)

@@ -72,10 +72,8 @@ class EventLog:
         if path is None:
             return
         if path.exists():
-            whole = path.read_text()
-            kept = whole[: whole.rfind('\n') + 1]  # A killed process may leave half a line.
-            if kept != whole:
-                os.truncate(path, len(kept.encode()))
+            whole = path.read_bytes()
+            os.truncate(path, whole.rfind(b'\n') + 1)  # A killed process may leave half a line.
             for event in read(path):
                 self._remember(event['event_type'], event['key'], event['metadata'], event)
         logger = logging.Logger(str(path))
@@ -88,9 +86,12 @@ class EventLog:
     def _remember(self, event_type, key, metadata, event) -> None:
         self._events[_identity(event_type, key, metadata)] = event
 
-    def _write(self, event_type: str, key: str, value: Any, metadata: dict[str, Any]) -> None:
-        if self._logger is None or _identity(event_type, key, metadata) in self._events:
-            return
+    def _write(self, event_type: str, key: str, value: Any, metadata: dict[str, Any]) -> Any:
+        if self._logger is None:
+            return value
+        before = self._events.get(_identity(event_type, key, metadata))
+        if before:
+            return before['value']
         write = {
             constants.INTERVAL_START: self._logger.start,
             constants.INTERVAL_END: self._logger.end,
@@ -99,10 +100,11 @@ class EventLog:
         write(key, value, metadata=metadata)
         event = {'key': key, 'value': value, 'metadata': metadata}
         self._remember(event_type, key, metadata, event)
+        return value
 
-    def event(self, key: str, value: Any, **metadata: Any) -> None:
-        """Something that happened, or a fact about the run."""
-        self._write(constants.POINT_IN_TIME, key, value, metadata)
+    def event(self, key: str, value: Any, **metadata: Any) -> Any:
+        """Something that happened, or a fact about the run; returns the value in the log."""
+        return self._write(constants.POINT_IN_TIME, key, value, metadata)
 
     def start(self, key: str, **metadata: Any) -> None:
         """The beginning of an interval."""
@@ -157,10 +159,11 @@ class EventLog:
         """An evaluation begins."""
         self.start(constants.EVAL_START, epoch_num=evaluation.epoch)
 
-    def eval_stop(self, evaluation: Evaluation, top1: float) -> None:
-        """An evaluation has ended with this accuracy."""
-        self.event(constants.EVAL_ACCURACY, top1, epoch_num=evaluation.epoch)
+    def eval_stop(self, evaluation: Evaluation, top1: float) -> float:
+        """An evaluation has ended with this accuracy; returns the one that the log holds."""
+        logged = self.event(constants.EVAL_ACCURACY, top1, epoch_num=evaluation.epoch)
         self.stop(constants.EVAL_STOP, epoch_num=evaluation.epoch)
+        return logged
 
     def run_stop(self, reached: bool) -> None:
         """The run has ended, at its target or without."""

@@ -80,7 +80,13 @@ def _per_device_batch(config: Mapping[str, Any], num_devices: int) -> int:
     chosen = config['per_device_batch']
     if chosen is None:
         limit = ACCELERATORS[config['accelerator']]
-        return max((m for m in fitting if m <= limit), default=fitting[0])
+        if span > limit:
+            raise ConfigError(
+                f'bn_span={span} is more than the {limit} examples that a device of '
+                f'accelerator={config["accelerator"]} holds; use a smaller span, another '
+                f'accelerator or, to try it all the same, --config.per_device_batch={span}.'
+            )
+        return max(m for m in fitting if m <= limit)
     if chosen not in fitting:
         raise ConfigError(
             f'per_device_batch={chosen} does not fit: global_batch_size = devices × '

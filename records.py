@@ -24,7 +24,11 @@ class DataError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A prepared data set, by its metadata alone; `digest` is of its content, where known."""
+    """A prepared data set, by its metadata alone.
+
+    `digest` is of its content, where known; `image_size` of all its images, if they are square and
+    of one size.
+    """
 
     name: str
     directory: str
@@ -32,6 +36,7 @@ class Dataset:
     num_eval: int
     num_classes: int
     digest: str | None
+    image_size: int | None = None
 
 
 def _advice(name: str, data_dir: str | Path) -> str:
@@ -68,6 +73,7 @@ def find_dataset(name: str, data_dir: str) -> Dataset:
         builder = tfds.builder_from_directory(directory)
         train, evaluation = (builder.info.splits[s] for s in ('train', EVAL_SPLIT[name]))
         num_classes = builder.info.features['label'].num_classes
+        height, width, _ = builder.info.features['image'].shape
     except Exception as error:
         raise DatasetError(
             f'the metadata in {directory} cannot be used ({error}){advice}'
@@ -79,8 +85,15 @@ def find_dataset(name: str, data_dir: str) -> Dataset:
             f'the data set in {directory} is incomplete: {len(missing)} of {len(expected)} shards '
             f'are missing or empty, the first is {missing[0] if missing else "unknown"}{advice}'
         )
-    counts = (train.num_examples, evaluation.num_examples, num_classes)
-    return Dataset(name, str(directory), *counts, _digest(directory, EVAL_SPLIT[name]))
+    return Dataset(
+        name=name,
+        directory=str(directory),
+        num_train=train.num_examples,
+        num_eval=evaluation.num_examples,
+        num_classes=num_classes,
+        digest=_digest(directory, EVAL_SPLIT[name]),
+        image_size=height if height == width else None,
+    )
 
 
 def _digest(directory: Path, eval_split: str) -> str | None:

@@ -97,7 +97,8 @@ class Run:
         lead = distributed.is_lead()
         mesh = train_lib.make_mesh()
         self.task = ImageClassification(config, dataset.num_classes)
-        self.schedule = optimizers.learning_rate_schedule(config, plan)
+        schedule = optimizers.learning_rate_schedule(config, plan)
+        self.rates = np.asarray(schedule(np.arange(plan.total_steps)))
         optimizer = optimizers.create(config, plan)
         self.programs = train_lib.compile_steps(self.task, optimizer, plan.micro_batch, mesh)
         share = distributed.share_of(mesh, plan.micro_batch)
@@ -129,9 +130,9 @@ class Run:
             return to_all(state)
         state = self.programs.initial_state(self.config['seed'])
         if self.config['init_from'] is not None:
-            weights = checkpointing.initial_weights(
-                Path(self.config['init_from']), jax.device_get(state.variables)
-            )
+            ours, path = jax.device_get(state.variables), Path(self.config['init_from'])
+            weights = distributed.lead_does(lambda: checkpointing.initial_weights(path, ours))
+            weights = distributed.from_lead(ours if weights is None else weights)
             state = dataclasses.replace(state, variables=to_all(weights))
         return state
 
@@ -158,6 +159,7 @@ class Run:
             if every and self.step % every == 0 and self.step < last_step:
                 self.save()
         self._drain()
+        self.trace.end(self.state)
 
     def _drain(self) -> None:
         while self._pending:
@@ -171,8 +173,9 @@ class Run:
         if means['finite'] < 1:
             raise NonFiniteError(
                 f'the loss ({means["loss"]}) or its gradient is not finite at step {step}; the '
-                'weights were not moved. The last checkpoint is good: the same command goes on '
-                'from there; a lower learning_rate or a longer warm-up may help'
+                'weights were not moved, and the last checkpoint is good. The same command would '
+                'come to the same step: start in a new work directory, with a lower '
+                'learning_rate, a longer warm-up or another seed'
             )
         self._stopped = self._stopped or means['stop'] > 0
         self._laps.append(means)
@@ -185,7 +188,7 @@ class Run:
         values = {
             'loss': float(np.mean([lap['loss'] for lap in laps])),
             'top1': float(np.mean([lap['top1'] for lap in laps])),
-            'learning_rate': float(self.schedule(step - 1)),
+            'learning_rate': float(self.rates[step - 1]),
             'images_per_second': len(laps) * self.plan.global_batch_size / seconds,
             'input_wait': min(waiting / seconds, 1.0),
             'seconds': seconds,
@@ -237,11 +240,13 @@ class Run:
         result = self.evaluate()
         if result is None:
             return None
-        self.log.eval_stop(evaluation, result['eval_top1'])
+        # If a run was killed here, the log holds what it had found, and that counts.
+        result['eval_top1'] = self.log.eval_stop(evaluation, result['eval_top1'])
         result |= {'eval_seconds': time.monotonic() - before, 'checkpoint_seconds': saving}
         self.progress.evaluation(self.step, evaluation.epoch, result)
         self._clock.since += time.monotonic() - paused  # None of this is time spent on training.
-        return result['eval_top1'] >= self.config['target_top1']
+        reached = result['eval_top1'] >= self.config['target_top1']
+        return bool(distributed.from_lead(np.int32(reached)))
 
     def _blocks(self) -> Outcome:
         for evaluation in self.plan.evaluations:
@@ -263,15 +268,21 @@ class Run:
     def to_the_end(self) -> Outcome:
         """Trains and evaluates in turns until the target, the last epoch or a request to stop."""
         self._clock.lap()
+        saved = True
         try:
             outcome = self._blocks()
         finally:  # Whatever ended it, a checkpoint that is being written is still finished.
             if self.checkpoints:
-                self.checkpoints.close()
+                saved = self.checkpoints.close()
             self.progress.close()
             self.trace.end(self.state)
         if outcome is not Outcome.INTERRUPTED:
             self.log.run_stop(outcome is Outcome.REACHED)
+        elif not saved:
+            raise checkpointing.SaveError(
+                f'the run was interrupted after step {self.step}, which could not be saved; the '
+                'same command goes on from the checkpoint before it'
+            )
         return outcome
 
 
@@ -303,13 +314,12 @@ def train_and_evaluate(
     seed = distributed.seed_from_lead(config['seed'] if recorded is None else recorded)
     config = FrozenConfigDict(dict(config) | {'seed': seed})
     lead = distributed.is_lead()
-    if lead:
-        work_directory.record(config, dataset, workdir)
-    log = EventLog(workdir / 'mlperf.log' if lead else None)
+    log = distributed.lead_does(lambda: EventLog(workdir / 'mlperf.log')) or EventLog(None)
     ended = [None, 'success', 'aborted']
     status = ended[int(distributed.from_lead(np.int32(ended.index(log.status))))]
     if status:
         return Outcome.REACHED if status == 'success' else Outcome.MISSED
+    distributed.lead_does(lambda: work_directory.record(config, dataset, workdir))
 
     log.cache_clear(config['drop_page_cache'])
     log.init_start()

@@ -102,6 +102,28 @@ def open_for(config: Mapping[str, Any], path: Path) -> int | None:
     return theirs['seed']
 
 
+def _earlier(path: Path, now: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The environments of this run before `now`, oldest first, where they differ.
+
+    Raises:
+      WorkDirectoryError: the run has been trained on other data.
+    """
+    if not path.exists():
+        return []
+    try:
+        last = json.loads(path.read_text())
+        earlier = last.pop('earlier', [])
+        theirs, ours = last['dataset']['digest'], now['dataset']['digest']
+    except (ValueError, KeyError, TypeError) as error:
+        raise WorkDirectoryError(f'{path} cannot be read ({error!r}); remove it') from error
+    if theirs and ours and theirs != ours:
+        raise WorkDirectoryError(
+            f'{path.parent} holds a run on other data: their digest is {theirs}, now it is {ours}; '
+            'choose another with --workdir, or bring the data back'
+        )
+    return earlier if last == now else [*earlier, last]
+
+
 def _commit() -> str:
     """The commit of this code: Git's word, or in a container that of the environment."""
     root = Path(__file__).resolve().parent
@@ -113,24 +135,27 @@ def _commit() -> str:
 
 
 def record(config: Mapping[str, Any], dataset: Any, path: Path) -> None:
-    """Writes config.json and environment.json."""
+    """Writes config.json and environment.json, which keeps those of earlier starts.
+
+    Raises:
+      WorkDirectoryError: the run has been trained on other data.
+    """
     devices = jax.devices()
-    _write(path / 'config.json', dict(config))
-    _write(
-        path / 'environment.json',
-        {
-            'versions': {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
-            'python': platform.python_version(),
-            'system': platform.platform(),
-            'devices': len(devices),
-            'device_kind': devices[0].device_kind,
-            'processes': jax.process_count(),
-            'commit': _commit(),
-            'dataset': {
-                'name': dataset.name,
-                'num_train': dataset.num_train,
-                'num_eval': dataset.num_eval,
-                'digest': dataset.digest,
-            },
+    now = {
+        'versions': {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
+        'python': platform.python_version(),
+        'system': platform.platform(),
+        'devices': len(devices),
+        'device_kind': devices[0].device_kind,
+        'processes': jax.process_count(),
+        'commit': _commit(),
+        'dataset': {
+            'name': dataset.name,
+            'num_train': dataset.num_train,
+            'num_eval': dataset.num_eval,
+            'digest': dataset.digest,
         },
-    )
+    }
+    earlier = _earlier(path / 'environment.json', now)
+    _write(path / 'config.json', dict(config))
+    _write(path / 'environment.json', now | ({'earlier': earlier} if earlier else {}))

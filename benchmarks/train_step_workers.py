@@ -80,7 +80,8 @@ class Ours:
         if case['data_dir']:
             dataset = find_dataset(self.config['dataset'], case['data_dir'])
         else:
-            dataset = Dataset(self.config['dataset'], '', 1_281_167, 50_000, case['classes'], None)
+            counts = (1_281_167, 50_000, case['classes'])
+            dataset = Dataset(self.config['dataset'], '', *counts, None, case['image_size'])
         numbers = plan.make_plan(
             self.config,
             num_train=dataset.num_train,

@@ -203,6 +203,12 @@ def differences(runs: Iterable[FinishedRun]) -> list[str]:
     """
     first, *others = runs
     faults = []
+    for run in (first, *others):
+        starts = (*run.environment.get('earlier', ()), run.environment)
+        commits = list(dict.fromkeys(start['commit'] for start in starts))
+        if len(commits) > 1:
+            versions = ', then '.join(commits)
+            faults.append(f'{run.directory.name} was run by several code versions: {versions}')
     seen = {first.config['seed']: first.directory.name}
     for run in others:
         name = f'{run.directory.name} and {first.directory.name}'

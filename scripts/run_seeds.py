@@ -190,7 +190,7 @@ class Seeds:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=launch._end_with_parent,
+                preexec_fn=launch.end_with_parent,
             )
 
     def collect(self) -> None:

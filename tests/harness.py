@@ -2,6 +2,7 @@
 """Runs training steps in this process, on as many devices as a test wants."""
 
 import dataclasses
+import functools
 import importlib
 from typing import Any
 
@@ -83,6 +84,42 @@ def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches
         seen.append(batch)
         metrics.append(jax.device_get(values))
     return Trained(jax.device_get(state), metrics, seen)
+
+
+def train_fp64(config, plan, micro_batches, task_type=ImageClassification):
+    """The training step itself in fp64, where two ways of summing differ by 1e-15 and no more.
+
+    In fp32 they differ by 1e-7, and a ReLU whose input is that close to 0 now and then passes a
+    gradient in one of them and not in the other.
+
+    Args:
+      config: with dtype='float64'.
+      plan: for so many devices, which it trains on.
+      micro_batches: whole ones, in order.
+
+    Returns:
+      (initial variables, loss of every micro-step, final variables), all on the host.
+    """
+    with jax.enable_x64(True):
+        task, optimizer = task_type(config, 10), optimizers.create(config, plan)
+        first = jax.tree.map(lambda a: a.astype(np.float64), dict(task.init(jax.random.key(0))))
+        scale = train_lib.LossScale(jax.numpy.float64(1), jax.numpy.int32(0))
+        state = train_lib.TrainState(first, optimizer.init(first), scale)
+        mesh = Mesh(np.array(jax.devices()[: plan.num_devices]), (train_lib.AXIS,))
+        step = jax.jit(
+            jax.shard_map(
+                functools.partial(train_lib.train_step, task=task, optimizer=optimizer),
+                mesh=mesh,
+                in_specs=(train_lib.REPLICATED, train_lib.SHARDED, train_lib.SHARDED),
+                out_specs=train_lib.REPLICATED,
+                check_vma=False,
+            )
+        )
+        losses = []
+        for batch in micro_batches:
+            state, metrics = step(state, batch, np.zeros(plan.num_devices, np.int32))
+            losses.append(float(metrics['loss']))
+        return jax.device_get(first), losses, jax.device_get(state.variables)
 
 
 def differences(a: Any, b: Any) -> dict[str, float]:

@@ -127,6 +127,31 @@ def test_a_run_goes_on_saving_after_a_damaged_checkpoint(two_saved, tmp_path):
     assert not reports
 
 
+def test_the_same_step_may_be_damaged_twice(two_saved, tmp_path):
+    for _ in range(2):
+        shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+        (tmp_path / '7' / 'state' / '_METADATA').write_text('no JSON')
+        tree, _ = restored(tmp_path)
+        assert harness.is_same(tree, tree_at(3))
+    assert (tmp_path / 'damaged-7').is_dir()
+    assert (tmp_path / 'damaged-7-2').is_dir()
+
+
+def test_closing_says_whether_the_last_save_landed(tmp_path):
+    reports = []
+    checkpoints = checkpointing.Checkpoints(tmp_path / 'good', reports.append)
+    checkpoints.save(tree_at(1), {})
+    assert checkpoints.close()
+    checkpoints = checkpointing.Checkpoints(tmp_path / 'bad', reports.append)
+    shutil.rmtree(tmp_path / 'bad')
+    (tmp_path / 'bad').write_text('in the way')
+    checkpoints.save(tree_at(1), {})
+    (tmp_path / 'bad').unlink()
+    (tmp_path / 'bad').mkdir()
+    assert not checkpoints.close()
+    assert 'could not be saved' in reports[0]
+
+
 def test_it_is_an_error_when_none_is_whole(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     for step in ('3', '7'):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hyperparameters import ConfigError
 from input_pipeline import DataError, DatasetError, Pipeline, Share, example_order, find_dataset
 from tests.harness import resolve
 
@@ -46,6 +47,11 @@ def test_an_epoch_holds_every_example_once_and_its_last_batch_is_mixed(digits_di
     mixed = pipeline(digits_dir, augmentation='none')
     assert (images(mixed.train(0, 23))[:N_TRAIN] == first_epoch).all()
     assert (images(mixed.train(0, 23))[N_TRAIN:] == second_epoch[: 23 * 64 - N_TRAIN]).all()
+
+
+def test_images_of_another_size_are_refused_before_any_is_read(digits_dir):
+    with pytest.raises(ConfigError, match='image_size=16: the images of digits are of 8'):
+        pipeline(digits_dir, image_size=16)
 
 
 def test_any_batch_can_be_had_without_those_before_it(digits_dir):

@@ -110,6 +110,22 @@ def test_resumed_run_leaves_the_log_of_an_unbroken_one(tmp_path, name):
     assert passed, words
 
 
+def test_an_evaluation_that_is_done_again_counts_as_logged(tmp_path):
+    config = resolve('digits', seed=1)
+    evaluation = plan_of(config).evaluations[0]
+    first = mlperf_log.EventLog(tmp_path / 'log')
+    assert first.eval_stop(evaluation, 0.97999) == 0.97999
+    again = mlperf_log.EventLog(tmp_path / 'log')
+    assert again.eval_stop(evaluation, 0.98001) == 0.97999
+    assert mlperf_log.EventLog(None).eval_stop(evaluation, 0.98001) == 0.98001
+
+
+def test_a_log_that_is_no_text_is_told(tmp_path):
+    (tmp_path / 'log').write_bytes(b':::MLLOG \xff\n')
+    with pytest.raises(mlperf_log.LogError, match='is no text'):
+        mlperf_log.EventLog(tmp_path / 'log')
+
+
 def test_aborted_run_is_refused_and_says_so(tmp_path):
     config = resolve('digits', seed=1)
     write_log(tmp_path / 'log', config, [0.5] * len(plan_of(config).evaluations))

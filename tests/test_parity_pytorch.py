@@ -18,9 +18,7 @@ import safetensors.numpy
 
 import image_classification
 import models
-import optimizers
 import pytorch_checkpoint
-import train_lib
 from input_pipeline import Pipeline, Share, find_dataset
 from plan import make_plan
 from tests import harness
@@ -281,32 +279,6 @@ def trajectory_config(data_dir, model: str, optimizer: str):
     return config, dataclasses.replace(plan, warmup_steps=5)
 
 
-def train_ours(config, plan, micro_batches) -> tuple[dict, list[float], dict]:
-    """(initial variables, losses, final variables) of the training step itself, in fp64."""
-    with jax.enable_x64(True):
-        task = image_classification.ImageClassification(config, CLASSES)
-        optimizer = optimizers.create(config, plan)
-        first = jax.tree.map(lambda a: a.astype(np.float64), dict(task.init(jax.random.key(0))))
-        scale = train_lib.LossScale(jax.numpy.float64(1), jax.numpy.int32(0))
-        state = train_lib.TrainState(first, optimizer.init(first), scale)
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), (train_lib.AXIS,))
-        step = jax.jit(
-            jax.shard_map(
-                functools.partial(train_lib.train_step, task=task, optimizer=optimizer),
-                mesh=mesh,
-                in_specs=(train_lib.REPLICATED, train_lib.SHARDED, train_lib.SHARDED),
-                out_specs=train_lib.REPLICATED,
-                check_vma=False,
-            )
-        )
-        losses = []
-        for batch in micro_batches:
-            state, metrics = step(state, batch, np.zeros(1, np.int32))
-            losses.append(float(metrics['loss']))
-        means = np.reshape(losses, (-1, MICRO_STEPS)).mean(axis=1)
-        return jax.device_get(first), means.tolist(), jax.device_get(state.variables)
-
-
 def rate(config, plan, t: int) -> float:
     """The official schedule, in Python's own numbers."""
     base, end, warmup, decay = config['learning_rate'], 1e-4, plan.warmup_steps, plan.decay_steps
@@ -361,7 +333,7 @@ def train_theirs(config, plan, first: dict, micro_batches) -> tuple[list[float],
 @pytest.mark.parametrize('optimizer', ['lars', 'sgd'])
 @pytest.mark.parametrize(
     ('model', 'enlarged'),
-    [('resnet_digits', 1), pytest.param('resnet50', 4, marks=pytest.mark.slow)],
+    [('resnet_digits', 1), pytest.param('resnet8_cifar', 4, marks=pytest.mark.slow)],
 )
 def test_trajectories_equal_pytorchs(digits_dir, model, enlarged, optimizer):
     """20 steps on real digits, accumulated over two micro-steps: losses and final weights."""
@@ -374,7 +346,8 @@ def test_trajectories_equal_pytorchs(digits_dir, model, enlarged, optimizer):
          for k, v in batch.items()}
         for batch in pipeline.train(0, STEPS * MICRO_STEPS)
     ]  # fmt: skip
-    first, losses, last = train_ours(config, plan, micro_batches)
+    first, losses, last = harness.train_fp64(config, plan, micro_batches)
+    losses = np.reshape(losses, (-1, MICRO_STEPS)).mean(axis=1).tolist()
     expected_losses, expected = train_theirs(config, plan, first, micro_batches)
     case = f'{model} {optimizer} {STEPS} steps'
     assert np.ptp(losses) > 0.1

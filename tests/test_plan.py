@@ -39,7 +39,8 @@ def test_accelerators_differ_in_the_per_device_batch():
 )
 def test_official_points_fit_whole_epochs(batch, span, epochs, warmup, decay):
     assert decay == epochs * N_TRAIN // batch - warmup * N_TRAIN // batch
-    made = plan(global_batch_size=batch, bn_span=span, warmup_epochs=warmup, decay_steps=decay)
+    fields = {'warmup_epochs': warmup, 'decay_steps': decay, 'accelerator': 'a100'}
+    made = plan(global_batch_size=batch, bn_span=span, **fields)
     assert made.warmup_steps == warmup * math.ceil(N_TRAIN / batch)
     assert made.decay_steps == decay
 
@@ -62,3 +63,9 @@ def test_a_batch_that_does_not_fit_tells_what_does():
         plan(per_device_batch=192)
     with pytest.raises(ConfigError, match='larger than the training set of 1437'):
         plan(name='digits', num_train=1437, global_batch_size=2048)
+
+
+def test_a_span_that_a_device_does_not_hold_is_told():
+    with pytest.raises(ConfigError, match='more than the 64 examples that a device of accel'):
+        plan(global_batch_size=4080, bn_span=204)
+    assert plan(global_batch_size=4080, bn_span=204, per_device_batch=204).per_device_batch == 204

@@ -83,12 +83,12 @@ def test_same_seed_is_bitwise_equal_and_missing_the_target_is_told(digits_dir, t
     assert [e['value'] for e in events if e['key'] == 'train_samples'] == [1437]
 
     # The finished run is not run again, and its work directory is no other run's.
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('*.log')}
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('*.*')}
     assert run(tmp_path / 'a', digits_dir, *flags).returncode == 1
     other = run(tmp_path / 'a', digits_dir, *flags, '--config.learning_rate=1.0')
     assert other.returncode == 2
     assert 'another configuration (learning_rate' in other.stderr
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('*.log')}
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('*.*')}
 
     # What was written can be fed back.
     recorded = f'--config={ROOT}/configs/from_json.py:{tmp_path}/a/config.json'
