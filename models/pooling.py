@@ -38,8 +38,9 @@ def _forward(x: jax.Array, padding) -> tuple[jax.Array, jax.Array]:
     best, winner = first, jnp.zeros(first.shape, jnp.uint8)
     for tap, candidate in enumerate(others, start=1):
         # Strictly greater: the first of equal maxima wins, as in PyTorch and TensorFlow. A NaN
-        # wins too, so that a broken input is not pooled away.
-        better = (candidate > best) | jnp.isnan(candidate)
+        # wins too, so that a broken input is not pooled away; asked of `best`, because XLA would
+        # write down the answer for all of x.
+        better = ~(candidate <= best) & ~jnp.isnan(best)
         best = jnp.where(better, candidate, best)
         winner = jnp.where(better, jnp.uint8(tap), winner)
     return best, winner

@@ -10,7 +10,7 @@ import pytest
 import models
 from models.batch_norm import EPSILON, BatchNorm
 from models.pooling import max_pool_3x3_stride_2
-from models.resnet import window_padding
+from models.resnet import relu, window_padding
 
 
 def count(tree):
@@ -105,6 +105,29 @@ def test_same_padding_is_tensorflows(kernel, size):
     assert window_padding(kernel, 2, size, 'symmetric') == ((kernel - 1) // 2,) * 2
 
 
+@pytest.mark.parametrize('dtype', ['float64', 'float32', 'bfloat16', 'float16'])
+def test_relu_and_its_gradient_equal_jaxs(dtype):
+    with jax.enable_x64(dtype == 'float64'):
+        tiny = jnp.finfo(dtype).tiny
+        x = jnp.array([-jnp.inf, -2, -tiny, -0.0, 0, tiny, 2, jnp.inf, jnp.nan], dtype)
+        g = jnp.arange(1, 10, dtype=dtype)
+        theirs, their_vjp = jax.vjp(jax.nn.relu, x)
+        for program in (relu, jax.jit(relu)):
+            ours, our_vjp = jax.vjp(program, x)
+            (grad,) = our_vjp(g)
+            assert ours.dtype == grad.dtype == dtype
+            # Equal with the NaN, which stays one. (NumPy sees no NaN in bfloat16.)
+            np.testing.assert_array_equal(ours.astype(float), theirs.astype(float))
+            np.testing.assert_array_equal(grad, their_vjp(g)[0])
+
+
+def test_relus_gradient_reads_its_result():
+    # Under jit a barrier hides that result > 0 where input > 0, which XLA would make use of.
+    program = jax.make_jaxpr(lambda x: jax.vjp(relu, x))(jnp.ones(3)).jaxpr
+    (barrier,) = (e for e in program.eqns if e.primitive.name == 'optimization_barrier')
+    assert program.outvars == [barrier.outvars[0]] * 2  # The result and all that is kept.
+
+
 @pytest.mark.parametrize('pads', [((1, 1), (1, 1)), ((0, 1), (0, 1)), ((0, 0), (1, 0))])
 @pytest.mark.parametrize('shape', [(2, 9, 12, 3), (1, 8, 8, 2), (1, 5, 3, 1)])
 def test_max_pool_and_its_gradient_equal_xlas(shape, pads):
@@ -129,6 +152,17 @@ def test_max_pool_gradient_goes_to_one_of_equal_maxima_and_needs_no_scatter():
     assert 'scatter' not in program
 
 
-def test_max_pool_does_not_hide_a_nan():
-    x = jnp.zeros((1, 4, 4, 1)).at[0, 1, 1, 0].set(jnp.nan)
-    assert jnp.isnan(max_pool_3x3_stride_2(x, ((1, 1), (1, 1)))).any()
+@pytest.mark.parametrize('around', [-jnp.inf, 0.0, jnp.inf])
+@pytest.mark.parametrize('tap', range(9))
+def test_max_pool_does_not_hide_a_nan(tap, around):
+    x = jnp.full((1, 3, 3, 1), around).at[0, *divmod(tap, 3), 0].set(jnp.nan)
+    y, vjp = jax.vjp(lambda x: max_pool_3x3_stride_2(x, ((0, 0), (0, 0))), x)
+    assert jnp.isnan(y).all()
+    np.testing.assert_array_equal(vjp(jnp.ones_like(y))[0], jnp.isnan(x))
+
+
+def test_a_nan_in_the_image_is_one_in_the_logits():
+    model = models.create('resnet18_cifar', num_classes=2, bn_span=1)
+    x = jnp.zeros((1, 8, 8, 3)).at[0, 7, 7, 1].set(jnp.nan)
+    variables = model.init(jax.random.key(0), x, train=False)
+    assert jnp.isnan(model.apply(variables, x, train=False)).all()

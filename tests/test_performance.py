@@ -31,7 +31,8 @@ from tests.harness import TinyBottleneck, resolve
 ROOT = Path(__file__).parents[1]
 BATCH, SPAN, SIZE = 8, 4, 32
 # TinyBottleneck's: stem; three blocks of three; a projection in either stage.
-CONVOLUTIONS = 1 + 3 * 3 + 2
+BLOCKS = 3
+CONVOLUTIONS = 1 + 3 * BLOCKS + 2
 
 
 @functools.cache
@@ -69,6 +70,12 @@ def test_the_step_has_no_slow_operation(dtype):
     found = operations(lowered_step(dtype=dtype))
     slow = {'while', 'scatter', 'select_and_scatter', 'gather', 'sort', 'case', 'if', 'custom_call'}
     assert not {name: found[name] for name in slow & set(found)}
+
+
+def test_barriers_keep_activations_from_being_read_again():
+    # In every BatchNorm's gradient and every block's last ReLU; see docs/performance.md.
+    found = operations(lowered_step(dtype='float32'))
+    assert found['optimization_barrier'] == CONVOLUTIONS + BLOCKS
 
 
 def test_float16_alone_has_one_loop():
