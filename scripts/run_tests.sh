@@ -4,7 +4,7 @@
 # Sets up the environment, checks the code's form and types, and runs the tests, all on the CPU.
 #
 # Usage: scripts/run_tests.sh [--all] [ARGUMENT...]
-#   --all        the slow tests too (what CI runs)
+#   --all        the slow tests too: some 35 minutes on 2 cores
 #   ARGUMENT...  for pytest, such as tests/test_optimizers.py or -k lars
 set -euo pipefail
 # shellcheck source=scripts/lib.sh

@@ -95,7 +95,9 @@ def test_official_outputs_are_reproduced(expected, dtype):
 
     The official fp32 gradients carry the noise of the ReLU's kinks (docs/equivalence.md): single
     norms are 6e-4 off what the same graph gives in fp64, so these are held to 1e-3, in fp64 where
-    our own noise is absent, and all norms together to 1e-4.
+    our own noise is absent, and all norms together to 1e-4. Of running statistics the
+    file has the sums over channels, some of which nearly cancel: in fp32 their error is taken
+    relative to the sum of the magnitudes, in fp64 to the sum itself.
     """
     with jax.enable_x64(dtype is np.float64):
         evaluated, probabilities, value, gradients, running = outputs(expected, dtype)
@@ -104,9 +106,15 @@ def test_official_outputs_are_reproduced(expected, dtype):
     agree(f'{case} probabilities, batch statistics', probabilities, arrays['train_prob'])
     agree(f'{case} loss', value, arrays['train_loss'])
 
-    sums = {name: value.sum() for name, value in by_official_name(running).items()}
     theirs = expected['running_statistics_sum_after_one_training_forward']
-    agree_each(f'{case} running statistics', sums, theirs, TOLERANCE)
+    statistics = by_official_name(running)
+    sums = {name: value.sum() for name, value in statistics.items()}
+    if dtype is np.float64:
+        agree_each(f'{case} running statistics', sums, theirs, TOLERANCE)
+    else:
+        sizes = {name: np.abs(value).sum() for name, value in statistics.items()}
+        moved = {name: sizes[name] + sums[name] - theirs[name] for name in sizes}
+        agree_each(f'{case} running statistics', moved, sizes, TOLERANCE)
 
     norms = {name: np.linalg.norm(g) for name, g in by_official_name(gradients).items()}
     theirs = expected['gradient_norms']
