@@ -77,7 +77,7 @@ class EventLog:
             for event in read(path):
                 self._remember(event['event_type'], event['key'], event['metadata'], event)
         logger = logging.Logger(str(path))
-        logger.addHandler(logging.FileHandler(path))
+        logger.addHandler(logging.FileHandler(path, delay=True))  # No file before the first event.
         # The place in the log is that of the caller of this class's methods.
         self._logger = mllog.MLLogger(
             logger, default_stack_offset=3, root_dir=re.escape(str(_ROOT))

@@ -313,7 +313,6 @@ def train_and_evaluate(
     recorded = distributed.lead_does(lambda: work_directory.open_for(config, workdir))
     seed = distributed.seed_from_lead(config['seed'] if recorded is None else recorded)
     config = FrozenConfigDict(dict(config) | {'seed': seed})
-    lead = distributed.is_lead()
     log = distributed.lead_does(lambda: EventLog(workdir / 'mlperf.log')) or EventLog(None)
     ended = [None, 'success', 'aborted']
     status = ended[int(distributed.from_lead(np.int32(ended.index(log.status))))]
@@ -325,7 +324,7 @@ def train_and_evaluate(
     log.init_start()
     log.header(config, plan)
     stop = StopRequest()
-    trace = Trace(workdir / 'profile', profile if lead else None)
+    trace = Trace(workdir / 'profile', profile if distributed.is_lead() else None)
     run = Run(config, plan, dataset, workdir, log, stop, trace)
     log.init_stop()
     log.run_start()
