@@ -25,6 +25,7 @@ import grain
 import numpy as np
 from absl import flags
 
+import random_streams
 from hyperparameters import ConfigError
 from image_cache import ImageCache
 from image_classification import PADDING_LABEL
@@ -34,6 +35,7 @@ from image_preprocessing import (
     decode_and_random_crop,
     pad_and_random_crop,
 )
+from random_streams import AUGMENTATION
 from records import EVAL_SPLIT, DataError, Dataset, DatasetError, Records, find_dataset
 
 __all__ = [
@@ -44,7 +46,6 @@ __all__ = [
     'Share',
     'decode_and_center_crop',
     'decode_and_random_crop',
-    'example_order',
     'find_dataset',
 ]
 
@@ -55,9 +56,6 @@ CENTRAL_FRACTION = 0.875
 EXAMPLES_AT_A_TIME = 16
 # Batches that are decoded at the same time, or wait decoded, in a process.
 BATCHES_AHEAD = 2
-
-# Purposes of random numbers; no (seed, purpose, counter) is used twice.
-_ORDER, _AUGMENTATION = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +92,14 @@ class Images:
             return f'at training position {positions[i]}: '
 
         def write(i: int, out: np.ndarray) -> int:
-            return self._train(int(indices[i]), _generator(seed, _AUGMENTATION, positions[i]), out)
+            return self._train(
+                int(indices[i]), random_streams.generator(seed, AUGMENTATION, positions[i]), out
+            )
 
         if self._cache is None:
             return self._one_by_one(indices, write, where)
         self._decode_missing(self._cache, indices, where)
-        drawn = _first_three(seed, _AUGMENTATION, positions)
+        drawn = random_streams.first_three(seed, AUGMENTATION, positions)
         y, x = (drawn[:, :2] * (2 * self._padding + 1)).astype(np.int64).T
         return self._cache.cut(indices, y, x, (drawn[:, 2] < 0.5) & self._flip)
 
@@ -175,30 +175,6 @@ class Images:
         return label
 
 
-def _generator(seed: int, purpose: int, counter: int) -> np.random.Generator:
-    """Philox with (seed, purpose) as its key: streams of different counters never meet."""
-    key = np.array([seed, purpose], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, counter]))
-
-
-def _first_three(seed: int, purpose: int, counters: np.ndarray) -> np.ndarray:
-    """The first three numbers of each counter's generator, float64 [n, 3], without making it."""
-    generator = _generator(seed, purpose, 0)
-    state = generator.bit_generator.state
-    numbers = np.empty((len(counters), 3))
-    for counter, row in zip(counters, numbers, strict=True):
-        state['state']['counter'][3] = counter
-        generator.bit_generator.state = state
-        generator.random(out=row)
-    return numbers
-
-
-@functools.lru_cache(maxsize=3)
-def example_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    """Epoch `epoch`'s permutation of the training set (epochs from 0 here), int [num_examples]."""
-    return _generator(seed, _ORDER, epoch).permutation(num_examples)
-
-
 _free_memory: dict[int, list[bytearray]] = {}
 
 
@@ -243,7 +219,7 @@ def _load_train(
     positions = micro_step * share.whole + share.start + np.arange(share.size)
     epochs, places = np.divmod(positions, num_examples)
     indices = np.concatenate([
-        example_order(seed, int(epoch), num_examples)[places[epochs == epoch]]
+        random_streams.example_order(seed, int(epoch), num_examples)[places[epochs == epoch]]
         for epoch in range(epochs[0], epochs[-1] + 1)
     ])  # fmt: skip
     image, label = images.train(indices, positions, seed)

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import enum
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import distributed
 import optimizers
 import train_lib
 import work_directory
+from device_feed import Clock, on_devices
 from distributed import StopRequest
 from image_classification import ImageClassification
 from input_pipeline import Dataset, Pipeline
@@ -32,7 +33,7 @@ from mlperf_log import EventLog
 from plan import Evaluation, Plan, make_plan
 from profiling import Trace
 from progress import Progress
-from train_lib import Programs, TrainState
+from train_lib import TrainState
 
 
 class Outcome(enum.Enum):
@@ -45,38 +46,6 @@ class Outcome(enum.Enum):
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient is not finite; the weights were left as they were."""
-
-
-@dataclasses.dataclass
-class _Clock:
-    """Where the seconds since the last report went."""
-
-    since: float = dataclasses.field(default_factory=time.monotonic)
-    waiting_for_input: float = 0.0
-
-    def lap(self) -> tuple[float, float]:
-        """Seconds in all, and of these waiting for input, since the last lap."""
-        now = time.monotonic()
-        seconds, waiting = now - self.since, self.waiting_for_input
-        self.since, self.waiting_for_input = now, 0.0
-        return max(seconds, 1e-9), waiting
-
-
-def _on_devices(batches: Iterator[Any], programs: Programs, clock: _Clock) -> Iterator[Any]:
-    """Batches on the devices, each sent while the one before it is used."""
-    sent: collections.deque = collections.deque()
-    exhausted = False
-    while True:
-        while not exhausted and len(sent) < 2:
-            before = time.monotonic()
-            batch = next(batches, None)
-            clock.waiting_for_input += time.monotonic() - before
-            exhausted = batch is None
-            if batch is not None:
-                sent.append(programs.to_devices(batch))
-        if not sent:
-            return
-        yield sent.popleft()
 
 
 class Run:
@@ -111,7 +80,7 @@ class Run:
         self.progress = Progress(workdir if lead else None, plan, self.step)
         self._pending: collections.deque = collections.deque()
         self._laps: list[Mapping[str, float]] = []
-        self._clock = _Clock()
+        self._clock = Clock()
         self._stopped = False
 
     def _first_state(self, optimizer: Any) -> TrainState:
@@ -139,7 +108,7 @@ class Run:
     def train_block(self, last_step: int) -> None:
         """Trains up to a step, or until the run is asked to stop."""
         micro_steps = self.plan.accumulation_steps
-        batches = _on_devices(
+        batches = on_devices(
             self.pipeline.train(self.step * micro_steps, last_step * micro_steps),
             self.programs,
             self._clock,
@@ -220,7 +189,7 @@ class Run:
             for name, value in sums.items():
                 totals[name] += value.item()
 
-        for batch in _on_devices(self.pipeline.evaluation(), self.programs, _Clock()):
+        for batch in on_devices(self.pipeline.evaluation(), self.programs, Clock()):
             flags = self.stop.flags(self.programs)
             pending.append(self.programs.evaluate(self.state.variables, batch, flags))
             if len(pending) > 2:

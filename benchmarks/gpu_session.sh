@@ -40,7 +40,7 @@ else
     echo "no comparison: $PEER_PYTHON lacks pytest, torch or torchvision"
 fi
 cache="$OUT/cache"
-trap 'rm -rf "$cache" "$OUT/work"' EXIT # Neither belongs to the results.
+trap 'rm -rf "$cache" "$OUT/scratch"' EXIT # Neither belongs to the results.
 
 "$PYTHON" -m data_preparation digits --data_dir=data || die 'the digits could not be prepared; see above'
 
@@ -68,7 +68,7 @@ for name in "${@:-all}"; do
     fi
     if wants digits; then
         for dtype in float32 bfloat16 float16; do
-            part "digits-$dtype" "$PYTHON" main.py --config=configs/digits.py --workdir="$OUT/work/$dtype" \
+            part "digits-$dtype" "$PYTHON" main.py --config=configs/digits.py --workdir="$OUT/scratch/$dtype" \
                 --config.dtype=$dtype --config.log_every_steps=200
         done
     fi
@@ -88,8 +88,8 @@ for name in "${@:-all}"; do
         part first "$PYTHON" benchmarks/train_step.py --first_step=configs/digits.py
     fi
     if wants profile; then
-        part profile "${step[@]}" --dtypes=bfloat16 --batches=256 --rounds=1 --trace="$OUT/work/profile" "${small[@]}"
-        find "$OUT/work/profile" -name '*.trace.json.gz' -exec cp {} "$OUT/trace.json.gz" \;
+        part profile "${step[@]}" --dtypes=bfloat16 --batches=256 --rounds=1 --trace="$OUT/scratch/profile" "${small[@]}"
+        find "$OUT/scratch/profile" -name '*.trace.json.gz' -exec cp {} "$OUT/trace.json.gz" \;
         [[ -s "$OUT/trace.json.gz" ]] || failed+=(trace)
     fi
     [[ "$known" == yes ]] || die "unknown part $name; $0 --help lists the known ones"

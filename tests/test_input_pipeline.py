@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hyperparameters import ConfigError
-from input_pipeline import DataError, DatasetError, Pipeline, Share, example_order, find_dataset
+from input_pipeline import DataError, DatasetError, Pipeline, Share, find_dataset
+from random_streams import example_order
 from tests.harness import resolve
 
 N_TRAIN, N_EVAL = 1437, 360
