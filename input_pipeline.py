@@ -44,8 +44,6 @@ __all__ = [
     'DatasetError',
     'Pipeline',
     'Share',
-    'decode_and_center_crop',
-    'decode_and_random_crop',
     'find_dataset',
 ]
 
@@ -92,9 +90,8 @@ class Images:
             return f'at training position {positions[i]}: '
 
         def write(i: int, out: np.ndarray) -> int:
-            return self._train(
-                int(indices[i]), random_streams.generator(seed, AUGMENTATION, positions[i]), out
-            )
+            rng = random_streams.generator(seed, AUGMENTATION, positions[i])
+            return self._train(int(indices[i]), rng, out)
 
         if self._cache is None:
             return self._one_by_one(indices, write, where)
