@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 import distributed
 import hyperparameters
@@ -106,6 +106,8 @@ def train_fp64(config, plan, micro_batches, task_type=ImageClassification):
         scale = train_lib.LossScale(jax.numpy.float64(1), jax.numpy.int32(0))
         state = train_lib.TrainState(first, optimizer.init(first), scale)
         mesh = Mesh(np.array(jax.devices()[: plan.num_devices]), (train_lib.AXIS,))
+        # Where the step leaves it, or the second one would be compiled again.
+        state = jax.device_put(state, NamedSharding(mesh, train_lib.REPLICATED))
         step = jax.jit(
             jax.shard_map(
                 functools.partial(train_lib.train_step, task=task, optimizer=optimizer),

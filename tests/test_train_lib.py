@@ -26,7 +26,9 @@ TOPOLOGIES = [(1, BATCH), (1, SPAN), (2, 8), (2, 16), (4, 4), (8, 4)]
 
 
 def tiny(digits_dir, **overrides):
-    shape = {'global_batch_size': BATCH, 'bn_span': SPAN, 'learning_rate': 0.5, 'seed': 3}
+    # At this rate a ReLU that changes sides (see train_fp64) moves all weights together by 2e-7 of
+    # their size, at the recipe's by 2e-5; without one they differ by 6e-9.
+    shape = {'global_batch_size': BATCH, 'bn_span': SPAN, 'learning_rate': 0.1, 'seed': 3}
     return resolve('digits', digits_dir, **(shape | overrides))
 
 
@@ -62,8 +64,10 @@ def test_digits_do_not_depend_on_topology(digits_dir, on_one_device, devices, pe
     assert int(other.state.step) == 10
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(('task_type', 'size'), [(ImageClassification, 8), (TinyBottleneck, 32)])
+@pytest.mark.parametrize(
+    ('task_type', 'size'),
+    [(ImageClassification, 8), pytest.param(TinyBottleneck, 32, marks=pytest.mark.slow)],
+)
 def test_in_fp64_every_array_is_the_same_on_all_topologies(digits_dir, task_type, size):
     steps = 10
     config = dict(tiny(digits_dir, image_size=size))
