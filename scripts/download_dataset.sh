@@ -16,17 +16,7 @@ set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-case "${1:-}" in
-    -h | --help | '') print_help; exit ;;
-esac
-name="$(dataset_name "$1")"
-shift
-data_dir="$ROOT/data"
-if [[ $# -gt 0 && "$1" != -* ]]; then
-    mkdir -p "$1" || die "$1 cannot be written"
-    data_dir="$(cd "$1" && pwd)"
-    shift
-fi
+dataset_arguments "$@"
 "$ROOT/scripts/setup_env.sh"
 export PYTHONPATH="$ROOT"
-exec "$VENV/bin/python" -m data_preparation "${name%2012}" --data_dir="$data_dir" "$@"
+exec "$VENV/bin/python" -m data_preparation "${name%2012}" --data_dir="$data_dir" "${options[@]}"

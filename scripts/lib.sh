@@ -43,13 +43,24 @@ use_test_environment() {
     if has_gpu; then export VENV="$VENV-cpu"; fi
 }
 
-# dataset_name NAME: prints the name that a dataset's folder has.
-dataset_name() {
-    case "$1" in
-        digits | cifar10) echo "$1" ;;
-        imagenet | imagenet2012) echo imagenet2012 ;;
+# dataset_arguments NAME [DIR] [OPTION...]: sets name (that of the dataset's folder), data_dir and options;
+# without a NAME it prints the help.
+# shellcheck disable=SC2034 # The caller uses what it sets.
+dataset_arguments() {
+    case "${1:-}" in
+        -h | --help | '') print_help; exit ;;
+        digits | cifar10) name="$1" ;;
+        imagenet | imagenet2012) name=imagenet2012 ;;
         *) die "unknown dataset $1; known are digits, cifar10 and imagenet" ;;
     esac
+    shift
+    data_dir="$ROOT/data"
+    if [[ $# -gt 0 && "$1" != -* ]]; then
+        data_dir="$1"
+        [[ "$data_dir" == /* ]] || data_dir="$PWD/$data_dir"
+        shift
+    fi
+    options=("$@")
 }
 
 # has_gpu: true where an NVIDIA driver answers and sees a GPU.

@@ -12,16 +12,7 @@ set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-case "${1:-}" in
-    -h | --help | '') print_help; exit ;;
-esac
-name="$(dataset_name "$1")"
-shift
-data_dir="$ROOT/data"
-if [[ $# -gt 0 && "$1" != -* ]]; then
-    data_dir="$(cd "$1" 2>/dev/null && pwd)" || die "there is no folder $1"
-    shift
-fi
+dataset_arguments "$@"
 "$ROOT/scripts/setup_env.sh"
 export PYTHONPATH="$ROOT"
-exec "$VENV/bin/python" -m data_preparation verify "$name" --data_dir="$data_dir" "$@"
+exec "$VENV/bin/python" -m data_preparation verify "$name" --data_dir="$data_dir" "${options[@]}"
