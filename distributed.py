@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import cache_key  # For want of a public way; see _compile_once.
+from jax._src.lib import xla_client
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -78,6 +80,24 @@ def initialize(
         raise StartError(f'the processes could not join: {error}') from error
     finally:
         overdue.cancel()
+    if coordinator and coordinator.startswith('127.0.0.1:') and jax.default_backend() == 'cpu':
+        _compile_once()
+
+
+def _compile_once() -> None:
+    """Lets process 0 compile for all processes of a machine without GPUs.
+
+    They share its few cores and its compilation cache. JAX does the sharing if asked, but in 0.10
+    and 0.11 the key of a program on a CPU hashes a description of the machine in which every
+    process calls itself another name; process 0's takes its place. (On GPUs the keys are alike,
+    and XLA has the processes tune a program's kernels together, so there all compile.)
+    """
+    description = xla_client.get_topology_for_devices(jax.devices()).fingerprint()
+    shared = from_lead(np.array([description >> 32, description & 0xFFFFFFFF], np.uint32))
+    cache_key._hash_accelerator_config = lambda hash_obj, accelerators: hash_obj.update(
+        shared.tobytes()
+    )
+    jax.config.update('jax_share_binary_between_hosts', True)
 
 
 def _give_up(timeout: int, coordinator: str | None) -> None:
@@ -106,7 +126,16 @@ def from_lead(tree: Any) -> Any:
     """Process 0's tree of host arrays, in every process; the others pass one of the same shapes."""
     if not is_several():
         return tree
-    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+    # As one array: JAX compiles a program for what it sends, and one of many arrays takes a second.
+    sent = np.frombuffer(b''.join(leaf.tobytes() for leaf in leaves), np.uint8)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
+    parts = np.split(received, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
+    arrays = [
+        np.frombuffer(part.tobytes(), leaf.dtype).reshape(leaf.shape)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, arrays)
 
 
 def lead_does(function: Callable[[], Any]) -> Any:

@@ -68,6 +68,14 @@ def create_train_state(key: jax.Array, task: Any, optimizer: optax.MultiSteps) -
     return TrainState(dict(variables), optimizer.init(dict(variables)), scale)
 
 
+def initial_state(seed: int, task: Any, optimizer: optax.MultiSteps) -> TrainState:
+    """The state at step 0 as host arrays, computed on this process's first device."""
+    create = functools.partial(create_train_state, task=task, optimizer=optimizer)
+    # It runs once. Fully optimised, it would take a third of the time that a run takes to compile.
+    program = jax.jit(create, compiler_options={'xla_backend_optimization_level': 1})
+    return jax.device_get(program(init_key(seed)))
+
+
 def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
@@ -158,20 +166,15 @@ def eval_step(variables: Any, batch: Any, stop: jax.Array, *, task: Any) -> tupl
 class Programs:
     """A run's compiled programs and where their arguments live.
 
-    `init(key_data)`, `train(state, batch, stop)` and `evaluate(variables, batch, stop)` take and
-    give arrays on the mesh: state and results replicated, batches split along their first axis.
+    `train(state, batch, stop)` and `evaluate(variables, batch, stop)` take and give arrays on the
+    mesh: state and results replicated, batches split along their first axis.
     """
 
     mesh: Mesh
-    init: Callable
     train: Callable
     evaluate: Callable
     replicated: NamedSharding
     sharded: NamedSharding
-
-    def initial_state(self, seed: int) -> TrainState:
-        """The state at step 0, on all devices."""
-        return self.init(self.to_all(np.asarray(jax.random.key_data(init_key(seed)))))
 
     def to_devices(self, local: Any) -> Any:
         """Puts this process's part of a batch on its devices (asynchronous)."""
@@ -193,8 +196,8 @@ def make_mesh() -> Mesh:
 
 def lower_steps(
     task: Any, optimizer: optax.MultiSteps, micro_batch: int, mesh: Mesh
-) -> tuple[Callable, jax.stages.Lowered, jax.stages.Lowered]:
-    """Initialisation, training and evaluation for batches of `micro_batch` examples, uncompiled.
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """Training and evaluation for batches of `micro_batch` examples, uncompiled.
 
     The replication checker of `shard_map` is off: with it, the gradient by a replicated weight is
     summed over the devices implicitly, and here the average is taken explicitly.
@@ -207,9 +210,6 @@ def lower_steps(
         )
 
     create = functools.partial(create_train_state, task=task, optimizer=optimizer)
-    init = jax.jit(
-        lambda key_data: create(jax.random.wrap_key_data(key_data)), out_shardings=replicated
-    )
     state = jax.eval_shape(create, jax.eval_shape(lambda: jax.random.key(0)))
 
     def placed(tree, sharding):
@@ -231,7 +231,6 @@ def lower_steps(
         lifted(functools.partial(eval_step, task=task), (REPLICATED, SHARDED, SHARDED), REPLICATED)
     )
     return (
-        init,
         train.lower(placed(state, replicated), batch, stop),
         evaluate.lower(placed(state.variables, replicated), batch, stop),
     )
@@ -239,10 +238,9 @@ def lower_steps(
 
 def compile_steps(task: Any, optimizer: optax.MultiSteps, micro_batch: int, mesh: Mesh) -> Programs:
     """Compiles a run's programs for batches of `micro_batch` examples; see `lower_steps`."""
-    init, train, evaluate = lower_steps(task, optimizer, micro_batch, mesh)
+    train, evaluate = lower_steps(task, optimizer, micro_batch, mesh)
     return Programs(
         mesh=mesh,
-        init=init,
         train=train.compile(),
         evaluate=evaluate.compile(),
         replicated=NamedSharding(mesh, REPLICATED),

@@ -9,7 +9,6 @@ metrics are read, and batches are on their way to the device while it computes.
 """
 
 import collections
-import dataclasses
 import enum
 import time
 from collections.abc import Mapping
@@ -67,7 +66,7 @@ class Run:
         mesh = train_lib.make_mesh()
         self.task = ImageClassification(config, dataset.num_classes)
         schedule = optimizers.learning_rate_schedule(config, plan)
-        self.rates = np.asarray(schedule(np.arange(plan.total_steps)))
+        self.rates = np.asarray(jax.jit(schedule)(np.arange(plan.total_steps)))
         optimizer = optimizers.create(config, plan)
         self.programs = train_lib.compile_steps(self.task, optimizer, plan.micro_batch, mesh)
         share = distributed.share_of(mesh, plan.micro_batch)
@@ -84,26 +83,30 @@ class Run:
         self._stopped = False
 
     def _first_state(self, optimizer: Any) -> TrainState:
-        """The newest checkpoint's state, or the initial one."""
-        key, to_all = train_lib.init_key(self.config['seed']), self.programs.to_all
+        """The newest checkpoint's state, or the initial one: process 0's, on all devices."""
         template = jax.eval_shape(
-            lambda key: train_lib.create_train_state(key, self.task, optimizer), key
+            lambda key: train_lib.create_train_state(key, self.task, optimizer),
+            train_lib.init_key(self.config['seed']),
         )
-        checkpoints = self.checkpoints
-        tree = distributed.lead_does(lambda: checkpoints and checkpoints.restore(template))
-        if distributed.from_lead(np.int32(tree is not None)):
-            if tree is None:
-                shapes = checkpointing.to_tree(template)
-                tree = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-            state = checkpointing.from_tree(distributed.from_lead(tree), template)
-            return to_all(state)
-        state = self.programs.initial_state(self.config['seed'])
+
+        def first() -> dict[str, Any]:
+            found = self.checkpoints.restore(template)
+            return self._initial_tree(optimizer) if found is None else found
+
+        tree = distributed.lead_does(first)
+        if tree is None:
+            shapes = checkpointing.to_tree(template)
+            tree = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+        return self.programs.to_all(checkpointing.from_tree(distributed.from_lead(tree), template))
+
+    def _initial_tree(self, optimizer: Any) -> dict[str, Any]:
+        """The state at step 0, drawn from the seed or with the weights of `init_from`."""
+        state = train_lib.initial_state(self.config['seed'], self.task, optimizer)
+        tree = checkpointing.to_tree(state)
         if self.config['init_from'] is not None:
-            ours, path = jax.device_get(state.variables), Path(self.config['init_from'])
-            weights = distributed.lead_does(lambda: checkpointing.initial_weights(path, ours))
-            weights = distributed.from_lead(ours if weights is None else weights)
-            state = dataclasses.replace(state, variables=to_all(weights))
-        return state
+            path = Path(self.config['init_from'])
+            tree['variables'] = checkpointing.initial_weights(path, tree['variables'])
+        return tree
 
     def train_block(self, last_step: int) -> None:
         """Trains up to a step, or until the run is asked to stop."""

@@ -137,7 +137,7 @@ def compile_step(device: str, dtype: str, batch: int):
     config = hyperparameters.resolve(imagenet.get_config(), changes)
     plan = make_plan(config, num_train=1_281_167, num_eval=50_000, num_devices=1)
     topology = topologies.get_topology_desc(platform='cuda', target_config=device, topology='1x1x1')
-    _, train, _ = train_lib.lower_steps(
+    train, _ = train_lib.lower_steps(
         ImageClassification(config, 1000),
         optimizers.create(config, plan),
         plan.micro_batch,

@@ -184,7 +184,7 @@ class Ours:
         memory = run.programs.train.memory_analysis()
         # Of the program before it is compiled: libraries' calls hide their operations afterwards.
         optimizer = optimizers.create(self.config, run.plan)
-        _, lowered, _ = train_lib.lower_steps(run.task, optimizer, run.plan.micro_batch, mesh)
+        lowered, _ = train_lib.lower_steps(run.task, optimizer, run.plan.micro_batch, mesh)
         device = jax.devices()[0]
         return {
             'version': f'JAX {jax.__version__}',

@@ -99,8 +99,9 @@ class Experiment:
         mesh = Mesh(np.array(jax.devices()[: way.devices]), (train_lib.AXIS,))
         self.task = ImageClassification(self.config, self.dataset.num_classes)
         create = usual_optimizer if way.usual else optimizers.create
+        self.optimizer = create(self.config, self.plan)
         self.programs = train_lib.compile_steps(
-            self.task, create(self.config, self.plan), self.plan.micro_batch, mesh
+            self.task, self.optimizer, self.plan.micro_batch, mesh
         )
         self.share = distributed.share_of(mesh, self.plan.micro_batch)
         self.flags = self.programs.to_devices(np.zeros(way.devices, np.int32))
@@ -120,7 +121,8 @@ class Experiment:
     def steps(self, seed: int, last: int) -> Iterator[tuple[train_lib.TrainState, float]]:
         """The state and the loss after every optimizer step."""
         k = self.plan.accumulation_steps
-        state, losses = self.programs.initial_state(seed), []
+        first = train_lib.initial_state(seed, self.task, self.optimizer)
+        state, losses = self.programs.to_all(first), []
         for i, batch in enumerate(self._pipeline(seed).train(0, last * k)):
             state, metrics = self.programs.train(state, self.programs.to_devices(batch), self.flags)
             losses.append(metrics['loss'].item())

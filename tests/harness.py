@@ -66,10 +66,9 @@ def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches
         num_classes = dataset.num_classes
     plan = make_plan(config, num_train=num_train, num_eval=num_eval, num_devices=devices)
     task = task_type(config, num_classes)
-    programs = train_lib.compile_steps(
-        task, optimizers.create(config, plan), plan.micro_batch, mesh
-    )
-    state = programs.initial_state(config['seed'])
+    optimizer = optimizers.create(config, plan)
+    programs = train_lib.compile_steps(task, optimizer, plan.micro_batch, mesh)
+    state = programs.to_all(train_lib.initial_state(config['seed'], task, optimizer))
     micro_steps = steps * plan.accumulation_steps
     if batches is None:
         share = distributed.share_of(mesh, plan.micro_batch)

@@ -177,6 +177,37 @@ def test_a_peer_that_never_appears_ends_the_start(tmp_path):
     assert '--start_timeout=2 seconds' in done.stderr
 
 
+def test_what_process_0_knows_and_compiles_all_have(tmp_path):
+    """Trees of any arrays; and programs, of which the next start finds all in the cache."""
+    program = (
+        f'sys.path.insert(0, {str(LAUNCH.parents[1])!r})\n'
+        'import jax, numpy as np, distributed, train_lib\n'
+        f'jax.config.update("jax_compilation_cache_dir", {str(tmp_path / "cache")!r})\n'
+        'jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)\n'
+        'hits = []\n'
+        'jax.monitoring.register_event_listener(\n'
+        '    lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)\n'
+        'distributed.initialize(sys.argv[1].partition("=")[2], 2, me, timeout=60)\n'
+        'tree = {"a": np.arange(3.0), "b": (np.int32(-5), np.array([[True]])), "c": np.ones(0)}\n'
+        'mine = tree if me == 0 else jax.tree.map(np.zeros_like, tree)\n'
+        'got = distributed.from_lead(mine)\n'
+        'same = jax.tree.map(lambda x, y: x.dtype == y.dtype and (x == y).all(), tree, got)\n'
+        'assert all(jax.tree.leaves(same)), got\n'
+        'hits.clear()\n'
+        'mesh = train_lib.make_mesh()\n'
+        'place = jax.NamedSharding(mesh, train_lib.SHARDED)\n'
+        'x = jax.make_array_from_process_local_data(place, np.ones(1, np.float32))\n'
+        'total = jax.jit(lambda x: (x * 3).sum(), out_shardings=jax.NamedSharding('
+        'mesh, train_lib.REPLICATED))(x)\n'
+        'print(float(total), len(hits))\n'
+    )
+    for hits in (0, 1):
+        run = launch(tmp_path, program, '--cpus=2')
+        said = run.communicate(timeout=120)[0]
+        lines = sorted(line for line in said.splitlines() if 'Gloo' not in line)
+        assert lines == [f'[{i}] 6.0 {hits}' for i in range(2)], said
+
+
 def test_shares_cover_a_batch_in_order(monkeypatch):
     """Four devices in two processes."""
 

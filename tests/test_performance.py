@@ -43,7 +43,7 @@ def lowered_step(task_type=TinyBottleneck, num_classes=10, **overrides):
     plan = make_plan(config, num_train=1000, num_eval=10, num_devices=1)
     optimizer, task = optimizers.create(config, plan), task_type(config, num_classes)
     mesh = Mesh(jax.devices()[:1], (train_lib.AXIS,))
-    _, train, _ = train_lib.lower_steps(task, optimizer, plan.micro_batch, mesh)
+    train, _ = train_lib.lower_steps(task, optimizer, plan.micro_batch, mesh)
     return train
 
 
