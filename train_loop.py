@@ -174,10 +174,9 @@ class Run:
         before = time.monotonic()
         self._drain()
         if self.checkpoints:
-            # Copied, for the next step overwrites the state's own memory.
-            tree = jax.tree.map(
-                lambda x: np.array(jax.device_get(x)), checkpointing.to_tree(self.state)
-            )
+            tree = jax.device_get(checkpointing.to_tree(self.state))
+            if jax.default_backend() == 'cpu':  # It is the memory that the next step overwrites.
+                tree = jax.tree.map(np.array, tree)
             self.checkpoints.save(tree, {'step': self.step, 'config': dict(self.config)})
         return time.monotonic() - before
 

@@ -92,12 +92,13 @@ def measure(flags: argparse.Namespace, case: dict[str, Any], peer: bool) -> dict
             whole = steps * images * worker.facts['devices']
             rates.setdefault(name, []).append(whole / seconds)
 
-        for _ in range(flags.rounds):
-            for name, worker in workers.items():
-                take(name, worker, 'steps', flags.steps)
-            take('loop', ours, 'loop', flags.loop_steps)
-            if case['data_dir']:
-                take('input', ours, 'input', flags.steps)
+        turns = [(name, worker, 'steps', flags.steps) for name, worker in workers.items()]
+        turns.append(('loop', ours, 'loop', flags.loop_steps))
+        if case['data_dir']:
+            turns.append(('input', ours, 'input', flags.steps))
+        for i in range(flags.rounds):
+            for turn in turns if i % 2 else reversed(turns):  # None always follows the same one.
+                take(*turn)
             ceilings.append(ours.ask('ceilings', flags.ceiling_size))
         if case['trace']:
             ours.ask('trace', 3)
