@@ -54,16 +54,31 @@ def initialize(
       timeout: seconds after which a process that has not appeared ends the start.
 
     Raises:
-      StartError: when they cannot join, or an argument is missing. When one does not appear in time
-        this process prints an error and ends with status 2.
+      StartError: when they cannot join, an argument is missing, or JAX cannot start its devices.
+        When one does not appear in time this process prints an error and ends with status 2.
     """
     given = [argument is not None for argument in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
         raise StartError(
             '--coordinator, --num_processes and --process_id belong together; give all'
         )
-    if not any(given) and not _in_cluster():
-        return
+    if any(given) or _in_cluster():
+        _join(coordinator, num_processes, process_id, timeout)
+    try:
+        platform = jax.default_backend()
+    except RuntimeError as error:
+        raise StartError(
+            f'JAX could not start its devices: {error}. Several processes on CPUs find each other '
+            'by the name of their machine, which must resolve (/etc/hosts, say)'
+        ) from error
+    if coordinator and coordinator.startswith('127.0.0.1:') and platform == 'cpu':
+        _compile_once()
+
+
+def _join(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> None:
+    """Waits for the run's other processes; see `initialize`."""
     # Past its own limit JAX aborts the process with a C++ stack trace; a clear end comes first.
     overdue = threading.Timer(timeout, _give_up, [timeout, coordinator])
     overdue.daemon = True
@@ -80,8 +95,6 @@ def initialize(
         raise StartError(f'the processes could not join: {error}') from error
     finally:
         overdue.cancel()
-    if coordinator and coordinator.startswith('127.0.0.1:') and jax.default_backend() == 'cpu':
-        _compile_once()
 
 
 def _compile_once() -> None:

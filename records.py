@@ -7,6 +7,7 @@ the bytes as they were stored; TFDS knows where the shards are, ArrayRecord read
 
 import dataclasses
 import json
+import shlex
 import threading
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Dataset:
 
 
 def _advice(name: str, data_dir: str | Path) -> str:
-    return f'prepare it with: scripts/download_dataset.sh {name} {data_dir}'
+    return f'prepare it with: scripts/download_dataset.sh {name} {shlex.quote(str(data_dir))}'
 
 
 def newest_version(name: str, data_dir: str | Path) -> Path:

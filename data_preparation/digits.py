@@ -82,6 +82,7 @@ def prepare(data_dir: Path) -> Path:
     TFDS writes into a folder of another name and renames it at the end, so a folder of the right
     name is always whole.
     """
+    tfds.disable_progress_bar()  # It takes three seconds.
     builder = Digits(data_dir=data_dir, file_format='array_record')
     builder.download_and_prepare()
     return Path(builder.data_dir)

@@ -159,6 +159,15 @@ def test_half_the_arguments_are_refused():
         distributed.initialize('localhost:1', 2, None, timeout=1)
 
 
+def test_devices_that_cannot_be_started_refuse_the_run(monkeypatch):
+    def fails():
+        raise RuntimeError('Unable to initialize backend')
+
+    monkeypatch.setattr(jax, 'default_backend', fails)
+    with pytest.raises(distributed.StartError, match=r'Unable .* must resolve'):
+        distributed.initialize(None, None, None, timeout=1)
+
+
 def test_a_peer_that_never_appears_ends_the_start(tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
