@@ -2,6 +2,7 @@
 """Checkpoints come back bit for bit or not at all, and hold nothing about hardware."""
 
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -137,6 +138,21 @@ def test_the_same_step_may_be_damaged_twice(two_saved, tmp_path):
     assert (tmp_path / 'damaged-7-2').is_dir()
 
 
+def test_a_save_returns_before_anything_is_written(tmp_path, monkeypatch):
+    may_write, reports = threading.Event(), []
+    checkpoints = checkpointing.Checkpoints(tmp_path, reports.append)
+    write = checkpoints._manager.save
+    monkeypatch.setattr(
+        checkpoints._manager, 'save', lambda *a, **k: may_write.wait(60) and write(*a, **k)
+    )
+    checkpoints.save(tree_at(1), {})
+    assert not list(tmp_path.iterdir())
+    may_write.set()
+    assert checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ['1']
+    assert not reports
+
+
 def test_closing_says_whether_the_last_save_landed(tmp_path):
     reports = []
     checkpoints = checkpointing.Checkpoints(tmp_path / 'good', reports.append)
@@ -146,6 +162,7 @@ def test_closing_says_whether_the_last_save_landed(tmp_path):
     shutil.rmtree(tmp_path / 'bad')
     (tmp_path / 'bad').write_text('in the way')
     checkpoints.save(tree_at(1), {})
+    checkpoints.wait()
     (tmp_path / 'bad').unlink()
     (tmp_path / 'bad').mkdir()
     assert not checkpoints.close()
