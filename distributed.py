@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of a run: how they find each other, agree, and are asked to stop."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -111,6 +113,31 @@ def _compile_once() -> None:
         shared.tobytes()
     )
     jax.config.update('jax_share_binary_between_hosts', True)
+
+
+def keep_programs(folder: Path) -> None:
+    """Keeps compiled programs in a folder that all processes see; otherwise none are kept.
+
+    XLA has the processes of a run tune a program's kernels on their GPUs together. If one found the
+    program in its cache, others that did not would wait for its part, for a day.
+    """
+    if is_several():
+        number = from_lead(np.frombuffer(os.urandom(8), np.uint64))
+        mark = folder / f'seen-by-all-{number[0]:x}'
+        lead_does(lambda: _touch(mark))
+        seen = multihost_utils.process_allgather(np.int32(mark.exists()))
+        lead_does(lambda: mark.unlink(missing_ok=True))
+        if not seen.all():
+            if is_lead():
+                print(f'{folder} is not seen by all processes: compiled programs are not kept')
+            return
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+
+
+def _touch(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def _give_up(timeout: int, coordinator: str | None) -> None:

@@ -110,16 +110,14 @@ def load_config(specification: str) -> Mapping[str, Any]:
         raise ValueError(f'--config={specification}: {error}') from error
 
 
-def prepare_jax(config: Mapping[str, Any], workdir: Path | None) -> None:
+def prepare_jax(config: Mapping[str, Any]) -> None:
     """Settings that JAX reads when it is imported or started."""
     backend.set_xla_flags(*backend.DETERMINISTIC_GPU_FLAGS * config['deterministic'])
     os.environ['NVIDIA_TF32_OVERRIDE'] = '0'  # A second lock: float32 is float32.
 
     import jax
 
-    if workdir is not None:  # Without one, nothing is written.
-        cache = workdir.resolve().parent / 'compilation_cache'
-        jax.config.update('jax_compilation_cache_dir', str(cache))
+    jax.config.update('jax_compilation_cache_dir', None)  # Until distributed.keep_programs.
     jax.config.update('jax_compilation_cache_max_size', COMPILATION_CACHE_BYTES)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
     # It would answer SIGTERM in our place (see distributed.StopRequest).
@@ -128,7 +126,7 @@ def prepare_jax(config: Mapping[str, Any], workdir: Path | None) -> None:
 
 def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
     """Sets up the processes and runs; the exit status."""
-    prepare_jax(config, flags.workdir)
+    prepare_jax(config)
     import checkpointing
     import distributed
     import evaluation
@@ -156,6 +154,7 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any]) -> int:
             if distributed.is_lead():
                 print(json.dumps(result), flush=True)
             return EXIT_REACHED
+        distributed.keep_programs(flags.workdir.resolve().parent / 'compilation_cache')
         outcome = train_loop.train_and_evaluate(config, dataset, flags.workdir, flags.profile)
     except refused as error:
         return complain(error, EXIT_REFUSED)

@@ -48,11 +48,11 @@ class Ours:
         self._folder, workdir = folder, Path(folder.name) / 'run'
         base = main.load_config(case['config'])
         config = dict(base) | overrides
-        main.prepare_jax(config, workdir)
+        main.prepare_jax(config)
         import jax
 
-        if case['cache']:
-            jax.config.update('jax_compilation_cache_dir', case['cache'])
+        cache = case['cache'] or f'{folder.name}/compilation_cache'
+        jax.config.update('jax_compilation_cache_dir', cache)
         overrides['global_batch_size'] = jax.device_count() * case['batch'] * case['accumulation']
         texts = {name: str(value) for name, value in overrides.items()}
         self.config = hyperparameters.resolve(base, texts)

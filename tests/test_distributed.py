@@ -191,7 +191,6 @@ def test_what_process_0_knows_and_compiles_all_have(tmp_path):
     program = (
         f'sys.path.insert(0, {str(LAUNCH.parents[1])!r})\n'
         'import jax, numpy as np, distributed, train_lib\n'
-        f'jax.config.update("jax_compilation_cache_dir", {str(tmp_path / "cache")!r})\n'
         'jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)\n'
         'hits = []\n'
         'jax.monitoring.register_event_listener(\n'
@@ -202,6 +201,7 @@ def test_what_process_0_knows_and_compiles_all_have(tmp_path):
         'got = distributed.from_lead(mine)\n'
         'same = jax.tree.map(lambda x, y: x.dtype == y.dtype and (x == y).all(), tree, got)\n'
         'assert all(jax.tree.leaves(same)), got\n'
+        f'distributed.keep_programs(distributed.Path({str(tmp_path / "cache")!r}))\n'
         'hits.clear()\n'
         'mesh = train_lib.make_mesh()\n'
         'place = jax.NamedSharding(mesh, train_lib.SHARDED)\n'
@@ -211,10 +211,27 @@ def test_what_process_0_knows_and_compiles_all_have(tmp_path):
         'print(float(total), len(hits))\n'
     )
     for hits in (0, 1):
-        run = launch(tmp_path, program, '--cpus=2')
+        run = launch(tmp_path, program, '--cpus=2', JAX_COMPILATION_CACHE_DIR='')
         said = run.communicate(timeout=120)[0]
         lines = sorted(line for line in said.splitlines() if 'Gloo' not in line)
         assert lines == [f'[{i}] 6.0 {hits}' for i in range(2)], said
+
+
+def test_a_cache_that_not_all_processes_see_is_not_used(tmp_path):
+    """As on machines without a common file system: one would find what others must compile."""
+    program = (
+        f'sys.path.insert(0, {str(LAUNCH.parents[1])!r})\n'
+        'import jax, distributed\n'
+        'distributed.initialize(sys.argv[1].partition("=")[2], 2, me, timeout=60)\n'
+        f'distributed.keep_programs(distributed.Path({str(tmp_path)!r}) / f"machine-{{me}}")\n'
+        'print(jax.config.jax_compilation_cache_dir or "none")\n'
+    )
+    run = launch(tmp_path, program, '--cpus=2', JAX_COMPILATION_CACHE_DIR='')
+    said = run.communicate(timeout=120)[0]
+    assert '[0] none\n' in said
+    assert '[1] none\n' in said
+    assert 'not seen by all processes' in said
+    assert not list(tmp_path.glob('machine-*/*'))
 
 
 def test_shares_cover_a_batch_in_order(monkeypatch):
