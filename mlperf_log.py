@@ -72,8 +72,9 @@ class EventLog:
         if path is None:
             return
         if path.exists():
-            whole = path.read_bytes()
-            os.truncate(path, whole.rfind(b'\n') + 1)  # A killed process may leave half a line.
+            there = path.read_bytes()
+            if not there.endswith(b'\n'):  # A killed process may leave half a line.
+                os.truncate(path, there.rfind(b'\n') + 1)
             for event in read(path):
                 self._remember(event['event_type'], event['key'], event['metadata'], event)
         logger = logging.Logger(str(path))
