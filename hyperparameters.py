@@ -151,6 +151,8 @@ _RUN = (
     ('status', str, 'Availability of the system.', STATUSES, 'submission_status'),
 )
 _OPTIONAL_RUN = (
+    ('stall_seconds', int, 'A run in which nothing happens for so long (no step, no evaluation '
+     'batch) says where it hangs and is ended, to be resumed; none: never.', POSITIVE),
     ('checkpoint_every_steps', int, 'Optimizer steps between checkpoints beside those at '
      'evaluations; none: no others.', POSITIVE),
 )

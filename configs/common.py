@@ -28,6 +28,7 @@ def base() -> ConfigDict:
 
     config.data_dir = 'data'
     config.checkpoint_every_steps = None
+    config.stall_seconds = 1800
     config.log_every_steps = 10
     config.drop_page_cache = False
     config.division = 'open'
