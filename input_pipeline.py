@@ -44,6 +44,7 @@ __all__ = [
     'DatasetError',
     'Pipeline',
     'Share',
+    'check',
     'find_dataset',
 ]
 
@@ -251,6 +252,20 @@ def _ahead(load, first: int, stop: int, config: Mapping[str, Any]) -> Iterator[A
     return iter(ahead)
 
 
+def check(config: Mapping[str, Any], dataset: Dataset) -> None:
+    """Checks that a configuration can use a data set, from its metadata alone.
+
+    Raises:
+      ConfigError: when the images would have to be resized and are not.
+    """
+    if config['augmentation'] != 'crop_resize' and dataset.image_size != config['image_size']:
+        raise ConfigError(
+            f'image_size={config["image_size"]}: the images of {dataset.name} are of '
+            f'{dataset.image_size or "several sizes"}, and augmentation='
+            f'{config["augmentation"]} does not resize'
+        )
+
+
 class Pipeline:
     """The batches of a run, for one process.
 
@@ -261,16 +276,11 @@ class Pipeline:
       share: this process's part of a micro-batch.
 
     Raises:
-      ConfigError: when the images would have to be resized and are not.
+      ConfigError: from `check`.
     """
 
     def __init__(self, dataset: Dataset, config: Mapping[str, Any], seed: int, share: Share):
-        if config['augmentation'] != 'crop_resize' and dataset.image_size != config['image_size']:
-            raise ConfigError(
-                f'image_size={config["image_size"]}: the images of {dataset.name} are of '
-                f'{dataset.image_size or "several sizes"}, and augmentation='
-                f'{config["augmentation"]} does not resize'
-            )
+        check(config, dataset)
         self._config = dict(config)
         evaluation = EVAL_SPLIT[dataset.name]
         threads = config['data_threads'] or len(os.sched_getaffinity(0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hyperparameters import ConfigError
-from input_pipeline import DataError, DatasetError, Pipeline, Share, find_dataset
+from input_pipeline import DataError, DatasetError, Pipeline, Share, check, find_dataset
 from random_streams import example_order
 from tests.harness import resolve
 
@@ -50,9 +50,13 @@ def test_an_epoch_holds_every_example_once_and_its_last_batch_is_mixed(digits_di
     assert (images(mixed.train(0, 23))[N_TRAIN:] == second_epoch[: 23 * 64 - N_TRAIN]).all()
 
 
-def test_images_of_another_size_are_refused_before_any_is_read(digits_dir):
+def test_images_of_another_size_are_rejected_by_the_metadata(digits_dir):
+    dataset = find_dataset('digits', str(digits_dir))
+    check(resolve('digits', digits_dir), dataset)
     with pytest.raises(ConfigError, match='image_size=16: the images of digits are of 8'):
-        pipeline(digits_dir, image_size=16)
+        check(resolve('digits', digits_dir, image_size=16), dataset)
+    with pytest.raises(ConfigError, match='image_size=9: the images of digits are of 8'):
+        pipeline(digits_dir, image_size=9)
 
 
 def test_any_batch_can_be_had_without_those_before_it(digits_dir):
