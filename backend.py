@@ -12,6 +12,9 @@ import os
 CPU_FLAGS = ('--xla_cpu_experimental_ynn_fusion_type=',)
 # Only kernels whose result does not depend on the order in which threads happen to run.
 DETERMINISTIC_GPU_FLAGS = ('--xla_gpu_exclude_nondeterministic_ops=true',)
+# Sums over GPUs in one fixed order: NCCL otherwise chooses an algorithm by size and topology, and on
+# Hopper adds in the switches (NVLS), in an order that is theirs. What the caller has set stays.
+DETERMINISTIC_NCCL = {'NCCL_ALGO': 'Ring', 'NCCL_NVLS_ENABLE': '0'}
 
 
 def set_xla_flags(*flags: str) -> None:
@@ -19,3 +22,10 @@ def set_xla_flags(*flags: str) -> None:
     have = os.environ.get('XLA_FLAGS', '').split()
     new = [flag for flag in (*CPU_FLAGS, *flags) if flag not in have]
     os.environ['XLA_FLAGS'] = ' '.join(have + new)
+
+
+def set_deterministic() -> None:
+    """Makes a GPU's kernels and the sums over GPUs repeat bit for bit."""
+    set_xla_flags(*DETERMINISTIC_GPU_FLAGS)
+    for name, value in DETERMINISTIC_NCCL.items():
+        os.environ.setdefault(name, value)

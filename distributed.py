@@ -64,17 +64,42 @@ def initialize(
         raise StartError(
             '--coordinator, --num_processes and --process_id belong together; give all'
         )
+    if any(given):
+        _check_place(coordinator, num_processes, process_id)
     if any(given) or _in_cluster():
         _join(coordinator, num_processes, process_id, timeout)
     try:
         platform = jax.default_backend()
-    except RuntimeError as error:
-        raise StartError(
-            f'JAX could not start its devices: {error}. Several processes on CPUs find each other '
-            'by the name of their machine, which must resolve (/etc/hosts, say)'
-        ) from error
+    except (RuntimeError, AssertionError) as error:  # The latter where no GPU is visible at all.
+        reason = str(error) or 'it finds none'
+        raise StartError(f'JAX could not start its devices: {reason}. {_remedy()}') from error
     if coordinator and coordinator.startswith('127.0.0.1:') and platform == 'cpu':
         _compile_once()
+
+
+def _check_place(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Raises StartError unless the arguments name a process of a run."""
+    host, _, port = coordinator.rpartition(':')
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise StartError(f'--coordinator={coordinator} is not HOST:PORT')
+    if not 0 <= process_id < num_processes:
+        raise StartError(
+            f'--process_id={process_id} is not in 0..{num_processes - 1}, the processes of '
+            f'--num_processes={num_processes}'
+        )
+
+
+def _remedy() -> str:
+    """What usually keeps JAX from starting its devices."""
+    if os.environ.get('JAX_PLATFORMS') == 'cuda':
+        return (
+            'A GPU was asked for (--gpus=N): it needs N GPUs, an NVIDIA driver (nvidia-smi lists '
+            'both) and the environment that scripts/setup_env.sh --gpu makes'
+        )
+    return (
+        'Several processes on CPUs find each other by the name of their machine, which must '
+        'resolve (/etc/hosts, say)'
+    )
 
 
 def _join(

@@ -23,17 +23,21 @@ from rules import (
     DEVICE_BATCH,
     DIVISION,
     DTYPES,
+    EPOCHS,
     EVALUATED,
     FRACTION,
+    IMAGE_SIZE,
     MODELS,
     MOMENTUM,
     NOT_NEGATIVE,
     OFFSET,
+    PATH,
     POSITIVE,
     RATE,
     SEED,
     SPAN,
     STATUSES,
+    TEXT,
     WARMUP,
     Rule,
     one_of,
@@ -88,8 +92,10 @@ _BENCHMARK = (
     ('model', str, 'The network.', MODELS),
     ('padding', str, "Of stride-2 windows: PyTorch's (exportable), or the official "
      "TensorFlow graph's.", one_of('symmetric', 'same')),
+    ('truncated_init', bool, 'Convolutions start from a truncated normal distribution, else from a '
+     'normal one.', ANY),
     ('dataset', str, 'The data set.', DATASETS),
-    ('image_size', int, 'Height and width of an image as the network sees it, pixels.', POSITIVE),
+    ('image_size', int, 'Height and width of an image as the network sees it, pixels.', IMAGE_SIZE),
     ('augmentation', str, 'crop_resize: random area and aspect, resized, flipped; pad_crop: '
      'shifted by up to an eighth of the size; pad_crop_flip: the same, flipped.', AUGMENTATIONS),
     # The tunable hyperparameters of the benchmark.
@@ -113,7 +119,7 @@ _BENCHMARK = (
      {'lars': 'lars_epsilon'}),
     ('label_smoothing', float, 'Probability spread evenly over all classes.', one_of(0.0, 0.1)),
     # When it is judged, and when it ends.
-    ('eval_every_epochs', int, 'Epochs between evaluations.', POSITIVE),
+    ('eval_every_epochs', int, 'Epochs between evaluations.', EPOCHS),
     ('eval_offset_epochs', int, 'Evaluates after epochs e ≡ offset (mod eval_every_epochs).',
      OFFSET),
     ('max_epochs', int, 'The run is aborted if it has not met the target by then.', EVALUATED),
@@ -123,7 +129,8 @@ _BENCHMARK = (
 _OPTIONAL_BENCHMARK = (
     ('seed', int, "The run's only seed; none: from the system's entropy. Given for debugging and "
      'comparison alone.', SEED, 'seed'),
-    ('init_from', str, 'Checkpoint whose weights the run starts from; none: random ones.', ANY),
+    ('init_from', str, 'Checkpoint whose weights the run starts from; none: random ones.',
+     PATH),
 )
 _HARDWARE = (
     ('accelerator', str, 'Bounds the automatic per-device batch by its memory.',
@@ -141,13 +148,13 @@ _OPTIONAL_HARDWARE = (
     ('data_threads', int, 'Decoding threads per process; none: one per core.', POSITIVE),
 )
 _RUN = (
-    ('data_dir', str, 'Folder that holds the prepared data sets.', ANY),
+    ('data_dir', str, 'Folder that holds the prepared data sets.', PATH),
     ('log_every_steps', int, 'Optimizer steps between two lines of metrics.', POSITIVE),
     ('drop_page_cache', bool, "Drop the system's page cache first (needs root); the log says "
      'whether it was dropped.', ANY),
     ('division', str, 'MLPerf division.', DIVISION, 'submission_division'),
-    ('org', str, 'Submitting organisation.', ANY, 'submission_org'),
-    ('platform', str, 'Name of the system.', ANY, 'submission_platform'),
+    ('org', str, 'Submitting organisation.', TEXT, 'submission_org'),
+    ('platform', str, 'Name of the system.', TEXT, 'submission_platform'),
     ('status', str, 'Availability of the system.', STATUSES, 'submission_status'),
 )
 _OPTIONAL_RUN = (
@@ -190,23 +197,40 @@ def parse(name: str, text: str) -> Any:
 def _has_type(entry: Hyperparameter, value: Any) -> bool:
     if value is None:
         return entry.optional
+    if isinstance(value, bool):
+        return entry.type is bool
     if entry.type is float:
-        finite = isinstance(value, int | float) and math.isfinite(value)
-        return finite and not isinstance(value, bool)
-    return isinstance(value, entry.type) and (entry.type is bool or not isinstance(value, bool))
+        return isinstance(value, int | float) and _is_finite(value)
+    return isinstance(value, entry.type)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # An integer beyond the range of float.
+        return False
 
 
 def _fault_of(entry: Hyperparameter, value: Any, config: Mapping[str, Any]) -> str | None:
     if not _has_type(entry, value):
         orelse = ' or none' if entry.optional else ''
-        return f'{entry.name}={value!r} is not of type {entry.type.__name__}{orelse}'
+        return f'{entry.name}={_shown(value)} is not of type {entry.type.__name__}{orelse}'
     try:
         if value is None or entry.rule.holds(value, config):
             return None
-    except TypeError:  # The rule reads another field, whose own type is at fault and reported.
+        advice = entry.rule.advice(value, config)
+    except (TypeError, ZeroDivisionError):  # By another field, which has an error of its own.
         return None
-    advice = entry.rule.advice(value, config)
-    return f'{entry.name}={value!r} breaks the rule: {entry.rule.words}{advice}'
+    return f'{entry.name}={_shown(value)} breaks the rule: {entry.rule.words}{advice}'
+
+
+def _shown(value: Any) -> str:
+    """A value in an error, cut to a readable length."""
+    try:
+        text = repr(value)
+    except ValueError:  # An integer of more digits than Python prints.
+        return 'a number of thousands of digits'
+    return text if len(text) <= 200 else f'{text[:200]}…'
 
 
 def unknown_name(name: str) -> str:
@@ -225,7 +249,7 @@ def resolve(base: Mapping[str, Any], overrides: Mapping[str, str]) -> FrozenConf
     Raises:
       ConfigError: listing every fault, each with field, value and rule.
     """
-    faults = [unknown_name(name) for name in (*base, *overrides) if name not in BY_NAME]
+    faults = [unknown_name(str(name)) for name in (*base, *overrides) if name not in BY_NAME]
     values = {name: value for name, value in base.items() if name in BY_NAME}
     for name, text in overrides.items():
         if name not in BY_NAME:
@@ -233,7 +257,7 @@ def resolve(base: Mapping[str, Any], overrides: Mapping[str, str]) -> FrozenConf
         try:
             values[name] = parse(name, text)
         except ValueError:
-            faults.append(f'{name}={text!r} is not of type {BY_NAME[name].type.__name__}')
+            faults.append(f'{name}={_shown(text)} is not of type {BY_NAME[name].type.__name__}')
             values.pop(name, None)
     broken = {fault.split('=', 1)[0] for fault in faults}
     for entry in TABLE:
@@ -242,9 +266,21 @@ def resolve(base: Mapping[str, Any], overrides: Mapping[str, str]) -> FrozenConf
             faults += [fault] if fault else []
         elif entry.name not in broken:
             faults.append(f'{entry.name} is missing')
+    faults += _rate_of_another_optimizer(base, overrides)
     if faults:
         raise ConfigError('The configuration has faults:\n  ' + '\n  '.join(faults))
     return FrozenConfigDict({entry.name: values[entry.name] for entry in TABLE})
+
+
+def _rate_of_another_optimizer(base: Mapping[str, Any], overrides: Mapping[str, str]) -> list[str]:
+    """LARS and SGD take rates of different size, so one must not be used for the other."""
+    ours, theirs = overrides.get('optimizer'), base.get('optimizer')
+    if ours not in ('lars', 'sgd') or ours == theirs or 'learning_rate' in overrides:
+        return []
+    return [
+        f'learning_rate={_shown(base.get("learning_rate"))} is given for optimizer={theirs}; with '
+        f'optimizer={ours} add --config.learning_rate=RATE'
+    ]
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -56,6 +56,7 @@ class ImageClassification:
             bn_span=self.config['bn_span'],
             padding=self.config['padding'],
             dtype=jnp.dtype(self.config['dtype']),
+            truncated_init=self.config['truncated_init'],
         )
 
     def abstract_batch(self, examples: int) -> dict[str, jax.ShapeDtypeStruct]:

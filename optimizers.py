@@ -26,7 +26,7 @@ def learning_rate_schedule(config: Mapping[str, Any], plan: Plan) -> optax.Sched
     and D = decay steps (MLPerf training v4.0, ResNet).
     """
     base, end = config['learning_rate'], config['end_learning_rate']
-    warmup, decay = plan.warmup_steps, plan.decay_steps
+    warmup, decay = float(plan.warmup_steps), float(plan.decay_steps)
 
     def schedule(step):
         t = jnp.asarray(step, float)  # fp32, but for tests in fp64

@@ -9,6 +9,10 @@ from typing import Any
 from hyperparameters import ACCELERATORS, ConfigError
 from rules import is_evaluated
 
+# A step is at least a millisecond of work; more than this is a mistake, and would not fit int32
+# with its micro-steps.
+MOST_STEPS = 10**8
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -96,17 +100,14 @@ def _per_device_batch(config: Mapping[str, Any], num_devices: int) -> int:
     return chosen
 
 
-def make_plan(
-    config: Mapping[str, Any], *, num_train: int, num_eval: int, num_devices: int
-) -> Plan:
-    """Derives a run's numbers from a resolved configuration.
+def find_evaluations(config: Mapping[str, Any], num_train: int) -> tuple[Evaluation, ...]:
+    """The evaluations of a run that does not meet its target, in order.
 
-    The warm-up lasts `warmup_epochs` times the steps of an epoch rounded up, as in the official
-    reference. The evaluation of epoch e follows step ceil(e·N / B): the mixed batch that holds the
-    epoch's last example (MLPerf training rules, section on the training loop).
+    The evaluation of epoch e follows step ceil(e·N / B): the mixed batch that holds the epoch's
+    last example (MLPerf training rules, section on the training loop).
 
     Raises:
-      ConfigError: when the batch does not fit the devices or the training set.
+      ConfigError: when the batch is larger than the training set, or the steps are too many.
     """
     batch = config['global_batch_size']
     if batch > num_train:
@@ -114,12 +115,35 @@ def make_plan(
             f'global_batch_size={batch} is larger than the training set of {num_train}; '
             f'use at most {num_train}.'
         )
-    per_device_batch = _per_device_batch(config, num_devices)
     epochs = [e for e in range(1, config['max_epochs'] + 1) if is_evaluated(e, config)]
     evaluations = tuple(
         Evaluation(epoch, first_epoch=previous + 1, step=-(-epoch * num_train // batch))
         for previous, epoch in zip([0, *epochs], epochs, strict=False)
     )
+    if evaluations[-1].step > MOST_STEPS:
+        raise ConfigError(
+            f'max_epochs={config["max_epochs"]} at global_batch_size={batch} are '
+            f'{evaluations[-1].step:,} steps, more than {MOST_STEPS:,}; use fewer epochs or a '
+            'larger batch.'
+        )
+    return evaluations
+
+
+def make_plan(
+    config: Mapping[str, Any], *, num_train: int, num_eval: int, num_devices: int
+) -> Plan:
+    """Derives a run's numbers from a resolved configuration.
+
+    The warm-up lasts `warmup_epochs` times the steps of an epoch rounded up. The official code does
+    so where it keeps an epoch's last examples, as this program does; by default it drops them and
+    rounds down (at a batch of 4096: 313 and 312 steps, a warm-up of 1565 and 1560).
+
+    Raises:
+      ConfigError: when the batch does not fit the devices or the training set.
+    """
+    evaluations = find_evaluations(config, num_train)
+    batch = config['global_batch_size']
+    per_device_batch = _per_device_batch(config, num_devices)
     return Plan(
         num_train=num_train,
         num_eval=num_eval,

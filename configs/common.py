@@ -15,6 +15,7 @@ def base() -> ConfigDict:
     config.momentum = 0.9
 
     config.padding = 'symmetric'
+    config.truncated_init = True
     config.dtype = 'float32'
     config.seed = None
     config.init_from = None

@@ -28,11 +28,23 @@ NAMES = tuple(_MODELS)
 
 
 def create(
-    name: str, *, num_classes: int, bn_span: int, padding: Padding = 'symmetric', dtype=jnp.float32
+    name: str,
+    *,
+    num_classes: int,
+    bn_span: int,
+    padding: Padding = 'symmetric',
+    dtype: jnp.dtype = jnp.float32,
+    truncated_init: bool = True,
 ) -> ResNet:
     """Builds a model; see `ResNet` for the attributes.
 
     Raises:
       KeyError: for a name that is not in `NAMES`.
     """
-    return _MODELS[name](num_classes=num_classes, bn_span=bn_span, padding=padding, dtype=dtype)
+    return _MODELS[name](
+        num_classes=num_classes,
+        bn_span=bn_span,
+        padding=padding,
+        dtype=dtype,
+        truncated_init=truncated_init,
+    )

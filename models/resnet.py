@@ -22,8 +22,16 @@ PRECISION = lax.Precision.HIGHEST
 
 Padding = Literal['symmetric', 'same']
 
-# Variance 2 / fan-in; He et al. 2015, arXiv:1502.01852, equation 10.
-_conv_init = nn.initializers.variance_scaling(2.0, 'fan_in', 'truncated_normal')
+
+def conv_init(truncated: bool) -> nn.initializers.Initializer:
+    """Normal of variance 2 / fan-in (He et al. 2015, arXiv:1502.01852, equation 10).
+
+    Truncated at two standard deviations and widened to the same variance, or not: the rules leave
+    the choice.
+    """
+    return nn.initializers.variance_scaling(
+        2.0, 'fan_in', 'truncated_normal' if truncated else 'normal'
+    )
 
 
 def window_padding(kernel: int, stride: int, size: int, padding: Padding) -> tuple[int, int]:
@@ -46,13 +54,14 @@ class Convolution(nn.Module):
     stride: int = 1
     padding: Padding = 'symmetric'
     dtype: jnp.dtype = jnp.float32
+    truncated_init: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to [N, H', W', features], in `dtype`."""
         kernel = self.param(
             'kernel',
-            _conv_init,
+            conv_init(self.truncated_init),
             (self.kernel, self.kernel, x.shape[-1], self.features),
             jnp.float32,
         )
@@ -101,11 +110,17 @@ class Block(nn.Module):
     span: int
     padding: Padding
     dtype: jnp.dtype
+    truncated_init: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps [N, H, W, C] to [N, H/stride, W/stride, width or 4·width]."""
-        conv = functools.partial(Convolution, padding=self.padding, dtype=self.dtype)
+        conv = functools.partial(
+            Convolution,
+            padding=self.padding,
+            dtype=self.dtype,
+            truncated_init=self.truncated_init,
+        )
         norm = functools.partial(BatchNorm, span=self.span)
         if self.bottleneck:
             layers = [(self.width, 1, 1), (self.width, 3, self.stride), (4 * self.width, 1, 1)]
@@ -137,6 +152,7 @@ class ResNet(nn.Module):
       large_stem: 7×7 stride 2 and a 3×3 max-pool (224×224 images), else 3×3 (small images).
       padding: 'symmetric' (PyTorch's, exportable) or 'same' (the official TensorFlow graph).
       dtype: of activations and convolutions; parameters and statistics are fp32.
+      truncated_init: whether convolutions start from a truncated normal distribution.
     """
 
     stage_sizes: Sequence[int]
@@ -147,15 +163,16 @@ class ResNet(nn.Module):
     large_stem: bool
     padding: Padding = 'symmetric'
     dtype: jnp.dtype = jnp.float32
+    truncated_init: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images [N, H, W, 3] to logits [N, num_classes], fp32 (or wider, if dtype is)."""
-        if self.large_stem:
-            # The official graph pads the stem by 3 on both sides under either padding.
-            x = Convolution(self.width, 7, 2, dtype=self.dtype, name='conv1')(x)
-        else:
-            x = Convolution(self.width, 3, 1, self.padding, self.dtype, name='conv1')(x)
+        conv = functools.partial(
+            Convolution, dtype=self.dtype, truncated_init=self.truncated_init, name='conv1'
+        )
+        # The official graph pads the large stem by 3 on both sides under either padding.
+        x = conv(self.width, 7, 2)(x) if self.large_stem else conv(self.width, 3, 1)(x)
         x = nn.relu(BatchNorm(self.bn_span, name='bn1')(x, train))
         if self.large_stem:
             pads = tuple(window_padding(3, 2, size, self.padding) for size in x.shape[1:3])
@@ -169,6 +186,7 @@ class ResNet(nn.Module):
                     span=self.bn_span,
                     padding=self.padding,
                     dtype=self.dtype,
+                    truncated_init=self.truncated_init,
                     name=f'layer{stage + 1}_{i}',
                 )(x, train)
         precise = jnp.promote_types(self.dtype, jnp.float32)

@@ -4,11 +4,13 @@
     launch.py --gpus=N | --cpus=N -- main.py ARGUMENT…
 
 Every process is told of the others (--coordinator, --num_processes, --process_id, on a free port
-of the loopback device) and sees one GPU, or one CPU device. Lines that they print are prefixed
-with their number. SIGTERM and SIGINT are passed on to all. When a process fails, the others have
-a moment to end by themselves, then get SIGTERM, then SIGKILL, so nothing is left behind; should
-this program itself be killed, the system sends them SIGTERM. The exit status is that of the first
-process that failed (main.py says what it means; 3 for one that was killed), else theirs all.
+of the loopback device) and sees one GPU, or one CPU device; where there are fewer than N usable
+GPUs the run is rejected. Lines that they print are prefixed with their number. SIGTERM and SIGINT
+are passed on to all. When a process fails, the others have a moment to end by themselves, then get
+SIGTERM, then SIGKILL, so nothing is left behind; should this program itself be killed, the system
+sends them SIGTERM. The exit status is that of the first process that failed (main.py says what it
+means; 3 for one that was killed, 75 for one that ended itself because the run hung, so that it is
+resumed), else the highest.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-FAILED = 3  # As in main.py.
+FAILED, INTERRUPTED = 3, 75  # As in main.py.
 NO_FAILURE = {0, 1, 75}  # Reached, missed, interrupted and saved: the others are about to follow.
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -61,7 +63,8 @@ def environments(flags: argparse.Namespace, inherited: Mapping[str, str]) -> lis
         raise ValueError(
             f'--gpus={flags.gpus}, but CUDA_VISIBLE_DEVICES={visible} names only {len(gpus)}'
         )
-    return [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus[: flags.gpus]]
+    # JAX would otherwise take the CPU where there is no GPU, and no one would be told.
+    return [{'CUDA_VISIBLE_DEVICES': gpu, 'JAX_PLATFORMS': 'cuda'} for gpu in gpus[: flags.gpus]]
 
 
 def free_port() -> int:
@@ -191,6 +194,8 @@ def supervise(processes: Processes, grace: float, asked: list[int]) -> int:
             say(f'process {number} {how}')
         if code >= 0:
             return code
+        if code == -signal.SIGALRM:
+            return INTERRUPTED
         return 128 - code if -code in asked else FAILED
     finally:
         processes.end(grace)

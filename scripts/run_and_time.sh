@@ -6,39 +6,55 @@
 # Usage: scripts/run_and_time.sh [CONFIG] [--workdir=DIR] [--gpus=N | --cpus=N] [--config.NAME=VALUE...]
 #   CONFIG        configs/digits.py (default), configs/cifar10.py, configs/imagenet.py, or a file of yours
 #   --workdir     where everything is written (default: runs/NAME-1, or the next number that is not
-#                 finished); the same command goes on with a run that was interrupted
+#                 finished); the same command resumes a run that was interrupted
 #   --gpus=N      N processes with one GPU each (default: one process with all GPUs that it sees)
 #   --cpus=N      N processes on the CPU
 #   --config.NAME=VALUE  overrides a field of the configuration; python main.py --help lists them
 #
 # Sets up the environment first, and prepares the digits; other data sets are prepared by
 # scripts/download_dataset.sh. The last line is RESULT,NAME,SEED,SECONDS,USER,START. Exit status:
-# 0 target reached and log accepted, 1 not, 2 refused before the start, 3 failed, 75 interrupted and saved.
+# 0 target reached and log accepted, 1 not, 2 rejected before the start, 3 failed, 75 interrupted: the same
+# command resumes.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-config=configs/digits.py
+config=''
 workdir='' processes=() fields=()
 data_dir="$ROOT/data"
+choose() {
+    [[ -z "$config" ]] || die "two configurations, $config and $1: give one"
+    config="$1"
+}
 for argument in "$@"; do
     case "$argument" in
         -h | --help) print_help; exit ;;
         --workdir=*) workdir="${argument#*=}" ;;
-        --gpus=* | --cpus=*) processes=("$argument") ;;
-        --config=*) config="${argument#*=}" ;;
+        --gpus=* | --cpus=*)
+            [[ "${argument#*=}" =~ ^[1-9][0-9]{0,3}$ ]] || die "$argument: give the number of processes, from 1"
+            [[ ${#processes[@]} -eq 0 ]] || die "give one of --gpus and --cpus, once"
+            processes=("$argument")
+            ;;
+        --workdir | --gpus | --cpus | --config) die "$argument needs its value after a =: $argument=VALUE" ;;
+        --mode=*) die "$argument is for main.py; this script trains and judges" ;;
         --config.data_dir=*) data_dir="${argument#*=}" ;;
-        --*) fields+=("$argument") ;;
-        *) config="$argument" ;;
+        --config=*) choose "${argument#*=}" ;;
+        -*) fields+=("$argument") ;; # main.py judges them.
+        *) choose "$argument" ;;
     esac
 done
-name="$(basename "${config%%:*}" .py)"
+config="${config:-configs/digits.py}"
+name="$(basename -- "${config%%:*}")"
+name="${name%.*}"
+data_dir="$(realpath -m -- "$data_dir")"
 
 "$ROOT/scripts/setup_env.sh"
 python="$VENV/bin/python"
+arguments=("--config=$config" "--config.data_dir=$data_dir" ${fields[@]+"${fields[@]}"})
+# Before anything is prepared or written.
+"$python" "$ROOT/main.py" "${arguments[@]}" --mode=check
 if [[ "$name" == digits ]]; then
-    (cd "$ROOT" && "$python" -m data_preparation digits --data_dir="$(realpath -m "$data_dir")") |
-        tail -n 1
+    (cd "$ROOT" && "$python" -m data_preparation digits --data_dir="$data_dir") | tail -n 1
 fi
 if [[ -z "$workdir" ]]; then
     number=1
@@ -47,8 +63,7 @@ if [[ -z "$workdir" ]]; then
 fi
 mkdir -p "$(dirname "$workdir")" 2> /dev/null || die "cannot make $workdir; choose another: --workdir=DIR"
 
-command=("$ROOT/main.py" "--config=$config" "--workdir=$workdir" "--config.data_dir=$data_dir")
-command+=(${fields[@]+"${fields[@]}"})
+command=("$ROOT/main.py" "--workdir=$workdir" "${arguments[@]}")
 if [[ ${#processes[@]} -gt 0 ]]; then
     command=("$ROOT/scripts/launch.py" "${processes[@]}" -- "${command[@]}")
 fi
@@ -61,5 +76,6 @@ status=0
 wait "$child" || status=$?
 while kill -0 "$child" 2> /dev/null; do status=0; wait "$child" || status=$?; done
 trap - TERM INT
+[[ $status -ne 142 ]] || status=75 # It hung, and ended itself by SIGALRM.
 [[ $status -le 1 ]] || exit "$status"
 exec "$python" "$ROOT/scripts/judge_run.py" "$workdir" --name="$name"

@@ -62,6 +62,20 @@ def test_model_names_are_those_of_the_models():
         ({'learning_rate': 'nan'}, 'learning_rate=nan is not of type float'),
         ({'learning_rat': '1'}, 'learning_rat is no hyperparameter; did you mean learning_rate?'),
         ({'momentum': 'none'}, "momentum='none' is not of type float"),
+        ({'optimizer': 'sgd'}, 'learning_rate=10.0 is given for optimizer=lars'),
+        ({'optimizer': 'sgd', 'learning_rate': '1e-10'}, 'for SGD a multiple of 0.001'),
+        ({'optimizer': 'sgd', 'learning_rate': '1e-300'}, 'for SGD a multiple of 0.001'),
+        ({'learning_rate': '1e308'}, 'learning_rate=1e+308 breaks the rule: > 0 and ≤ 1e+06'),
+        ({'weight_decay': '1e308'}, 'weight_decay=1e+308 breaks the rule'),
+        ({'warmup_epochs': '1e308'}, 'warmup_epochs=1e+308 breaks the rule'),
+        ({'decay_steps': str(2**31)}, 'decay_steps=2147483648 breaks the rule'),
+        ({'max_epochs': '2000000000'}, 'at most 10000 and an epoch that is evaluated'),
+        ({'image_size': '100000'}, 'image_size=100000 breaks the rule: > 0 and ≤ 2048'),
+        ({'org': ''}, "org='' breaks the rule: not empty"),
+        ({'platform': 'a\nb'}, 'not empty, on one line'),
+        ({'data_dir': ''}, "data_dir='' breaks the rule: a path"),
+        ({'init_from': 'a\0b'}, 'breaks the rule: a path'),
+        ({'seed': '5'}, 'with seed=5 add --config.division=open, or --config.seed=none'),
     ],
 )
 def test_a_fault_names_field_value_and_rule(overrides, words):
@@ -91,7 +105,10 @@ def test_a_missing_field_is_told():
         {'global_batch_size': '65536', 'momentum': '0.951807'},
         {'optimizer': 'sgd', 'learning_rate': '0.017', 'decay_steps': '0'},
         {'max_epochs': '49', 'eval_offset_epochs': '1'},
-        {'seed': str(2**63 - 1)},
+        {'seed': str(2**63 - 1), 'division': 'open'},
+        {'optimizer': 'sgd', 'learning_rate': '10'},
+        {'truncated_init': 'false'},
+        {'weight_decay': '1e-4'},
         {'per_device_batch': 'none'},
     ],
 )
@@ -121,7 +138,7 @@ def test_unknown_configuration_flags_are_judged_not_ignored():
 
 @pytest.mark.parametrize('optimizer', ['lars', 'sgd'])
 def test_logged_hyperparameters_are_those_in_use(optimizer):
-    config = resolve(load('imagenet'), {'optimizer': optimizer})
+    config = resolve(load('imagenet'), {'optimizer': optimizer, 'learning_rate': '0.4'})
     lines = hyperparameters.logged(config)
     other = {'lars': 'sgd', 'sgd': 'lars'}[optimizer]
     assert not any(key.startswith(f'{other}_') for key in lines)

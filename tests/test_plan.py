@@ -69,3 +69,8 @@ def test_a_span_that_a_device_does_not_hold_is_told():
     with pytest.raises(ConfigError, match='more than the 64 examples that a device of accel'):
         plan(global_batch_size=4080, bn_span=204)
     assert plan(global_batch_size=4080, bn_span=204, per_device_batch=204).per_device_batch == 204
+
+
+def test_a_run_of_too_many_steps_is_rejected_at_once():
+    with pytest.raises(ConfigError, match='200,182,344 steps, more than 100,000,000'):
+        plan(max_epochs=10_000, global_batch_size=64, division='open')
