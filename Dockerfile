@@ -1,16 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+#
 # The benchmark in a container.
 #
 #   docker build -t resnet-jax .                          for NVIDIA GPUs, V100 and later
-#   docker build -t resnet-jax-cpu --build-arg LOCK=cpu . for a laptop
-#   docker run --gpus all -v DATA:/benchmark/data -v RUNS:/benchmark/runs resnet-jax scripts/run_and_time.sh [CONFIG] [FLAG...]
+#   docker build -t resnet-jax-cpu --build-arg LOCK=cpu . for a machine without one
+#   docker run --gpus all --ipc=host --ulimit memlock=-1 -v DATA:/benchmark/data -v RUNS:/benchmark/runs \
+#       resnet-jax scripts/run_and_time.sh [CONFIG] [FLAG...]
 #
-# DATA and RUNS are volumes, or folders that user 1000 may write to. A real run on more than one GPU wants
-# --ipc=host as well (NCCL's shared memory).
+# DATA and RUNS are volumes, or absolute paths of folders that user 1000 may write to
+# (chown 1000 DATA RUNS). --ipc=host and --ulimit memlock=-1 are for NCCL: shared and pinned memory, needed
+# with more than one GPU. User 1000 cannot drop the page cache of the host, so a log written here says
+# cache_clear: false. A submission drops it on the host before the run, or runs with --user=0 --privileged.
+#
+# The image runs the benchmark. Tests and submission packages need the git repository: run
+# scripts/run_tests.sh and scripts/package_submission.py in a clone.
 #
 # The base is Python's own image: NVIDIA's JAX images have left Volta out since 2025-02 and are CUDA 13
-# since 2025-08. CUDA, cuDNN and NCCL come as wheels at the versions of requirements.txt, next to JAX, which
-# finds them by itself (so no LD_LIBRARY_PATH); of the host only the driver is used.
-FROM python:3.11.15-slim-bookworm
+# since 2025-08. The digest names one image for every platform; the tag beside it is for readers. CUDA, cuDNN
+# and NCCL come as wheels at the versions of requirements.txt, next to JAX, which finds them by itself (so no
+# LD_LIBRARY_PATH); of the host only the driver is used.
+FROM python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
+
+LABEL org.opencontainers.image.title="ResNet-50 in JAX, an MLPerf Training reference" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.11.15-slim-bookworm"
 
 RUN useradd --create-home --uid 1000 mlperf
 WORKDIR /benchmark
@@ -23,10 +36,11 @@ COPY scripts/lib.sh scripts/setup_env.sh scripts/
 RUN PIP_NO_CACHE_DIR=1 scripts/setup_env.sh && rm .venv.lock
 
 COPY . .
-# What runs record as their code, for the image holds no repository:
+# The version of the code that runs record, for the image holds no repository:
 # --build-arg COMMIT="$(git describe --always --dirty --abbrev=40)"
 ARG COMMIT=unknown
 ENV COMMIT=$COMMIT
+LABEL org.opencontainers.image.revision=$COMMIT
 RUN mkdir data runs && chown mlperf:mlperf data runs
 VOLUME ["/benchmark/data", "/benchmark/runs"]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings and fixtures of all tests: eight CPU devices, the digits, folders of real data.
 
-Tests that need real images skip where the folder is absent.
+Tests that need real images are skipped where no environment variable names them.
 """
 
 import os
@@ -16,32 +16,37 @@ backend.set_xla_flags('--xla_force_host_platform_device_count=8')
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 
-SHARED = Path(__file__).parents[2] / 'shared'
 
+def _path_named_by(variable: str, content: str) -> Path:
+    """The path that an environment variable holds; skips the test where it is not set.
 
-def _folder(variable: str, default: Path) -> Path:
-    path = Path(os.environ.get(variable, default))
+    A path that does not exist is an error: a mistyped one must not hide tests.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f'set {variable} to {content} to run this test')
+    path = Path(value)
     if not path.exists():
-        pytest.skip(f'{variable} names no real images')
+        pytest.fail(f'{variable}={value} does not exist; it must name {content}')
     return path
 
 
 @pytest.fixture(scope='session')
 def imagenet_sample() -> Path:
     """A folder of real ImageNet JPEGs named SYNSET_name.JPEG."""
-    return _folder('IMAGENET_SAMPLE', SHARED / 'data' / 'imagenet-sample')
+    return _path_named_by('IMAGENET_SAMPLE', 'a folder of ImageNet files SYNSET_*.JPEG')
 
 
 @pytest.fixture(scope='session')
 def cifar10_jpeg() -> Path:
     """A tar of CIFAR-10 as train|test/CLASS/NNNN.jpg."""
-    return _folder('CIFAR10_JPEG', SHARED / 'data' / 'cifar10-jpeg.tar.xz')
+    return _path_named_by('CIFAR10_JPEG', 'a tar of CIFAR-10 files train|test/CLASS/*.jpg')
 
 
 @pytest.fixture(scope='session')
 def official_outputs() -> Path:
     """The folder of outputs of the official implementation that are too large to be committed."""
-    return _folder('GOLDEN', SHARED / 'golden')
+    return _path_named_by('GOLDEN', 'the folder of official outputs (tests/golden/README.md)')
 
 
 @pytest.fixture(scope='session')
