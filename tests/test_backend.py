@@ -22,6 +22,16 @@ def test_sums_of_products_are_right():
     assert float(squares[-1]) == 32_768.0**2
 
 
+def test_a_deterministic_run_fixes_kernels_and_collectives_and_leaves_what_is_set(monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '')
+    monkeypatch.setenv('NCCL_ALGO', 'Tree')
+    monkeypatch.delenv('NCCL_NVLS_ENABLE', raising=False)
+    backend.set_deterministic()
+    assert set(backend.DETERMINISTIC_GPU_FLAGS) <= set(os.environ['XLA_FLAGS'].split())
+    assert os.environ['NCCL_ALGO'] == 'Tree'
+    assert os.environ['NCCL_NVLS_ENABLE'] == '0'
+
+
 def test_flags_are_added_once(monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=somewhere')
     backend.set_xla_flags('--xla_gpu_autotune_level=0')

@@ -39,15 +39,15 @@ def launch(tmp_path, program, *arguments, **environment):
 def test_the_launcher_binds_each_process_to_one_gpu_and_prefixes_its_lines(tmp_path):
     run = launch(
         tmp_path,
-        'print(sys.argv[1:3], os.environ["CUDA_VISIBLE_DEVICES"])',
+        'print(sys.argv[1:3], os.environ["JAX_PLATFORMS"], os.environ["CUDA_VISIBLE_DEVICES"])',
         '--gpus=2',
         CUDA_VISIBLE_DEVICES='3,GPU-5,6',
     )
     lines = sorted(run.communicate(timeout=60)[0].splitlines())
     assert run.returncode == 0
     assert lines[0].startswith("[0] ['--coordinator=127.0.0.1:")
-    assert lines[0].endswith("'--num_processes=2'] 3")
-    assert lines[1].endswith("'--num_processes=2'] GPU-5")
+    assert lines[0].endswith("'--num_processes=2'] cuda 3")
+    assert lines[1].endswith("'--num_processes=2'] cuda GPU-5")
 
 
 def test_the_launcher_refuses_more_gpus_than_are_visible(tmp_path):
@@ -56,11 +56,40 @@ def test_the_launcher_refuses_more_gpus_than_are_visible(tmp_path):
     assert run.returncode == 2
 
 
+@pytest.mark.parametrize('processes', [1, 2])
+def test_gpus_that_are_not_there_reject_the_run(tmp_path, processes):
+    """A CPU in their place would be a surprise after hours."""
+    run = launch(
+        tmp_path,
+        f'sys.path.insert(0, {str(LAUNCH.parents[1])!r})\n'
+        'import distributed\n'
+        'place = [a.partition("=")[2] for a in sys.argv[1:]]\n'
+        'place = (place[0], int(place[1]), me) if place else (None, None, None)\n'
+        'try:\n'
+        '    distributed.initialize(*place, timeout=60)\n'
+        'except distributed.StartError as error:\n'
+        '    print(error)\n'
+        '    sys.exit(2)\n',
+        f'--gpus={processes}',
+        CUDA_VISIBLE_DEVICES='',
+    )
+    said = run.communicate(timeout=120)[0]
+    assert run.returncode == 2, said
+    assert 'A GPU was asked for (--gpus=N)' in said
+
+
 @pytest.mark.parametrize(('codes', 'status'), [('0,0', 0), ('1,1', 1), ('75,75', 75), ('0,2', 2)])
 def test_the_runs_status_is_that_of_its_processes(tmp_path, codes, status):
     run = launch(tmp_path, f'sys.exit([{codes}][me])', '--cpus=2')
     run.communicate(timeout=60)
     assert run.returncode == status
+
+
+def test_one_that_ends_itself_because_it_hangs_is_to_be_resumed(tmp_path):
+    program = 'if me == 1: os.kill(os.getpid(), signal.SIGALRM)\ntime.sleep(600)'
+    run = launch(tmp_path, program, '--cpus=2', '--grace=0.5')
+    assert 'process 1 was ended by SIGALRM; ending the others' in run.communicate(timeout=60)[0]
+    assert run.returncode == 75
 
 
 def test_one_that_is_killed_ends_the_others_and_their_helpers(tmp_path):
@@ -157,6 +186,26 @@ def test_a_cluster_is_one_only_with_several_processes(monkeypatch, environment, 
 def test_half_the_arguments_are_refused():
     with pytest.raises(distributed.StartError, match='belong together'):
         distributed.initialize('localhost:1', 2, None, timeout=1)
+
+
+@pytest.mark.parametrize(
+    'place',
+    [
+        ('foo', 2, 0),
+        ('localhost', 2, 0),
+        (':80', 2, 0),
+        ('host:', 2, 0),
+        ('host:x', 2, 0),
+        ('host:0', 2, 0),
+        ('host:99999', 2, 0),
+        ('host:80', 0, 0),
+        ('host:80', 2, 2),
+        ('host:80', 2, -1),
+    ],
+)
+def test_a_place_that_cannot_be_is_rejected(place):
+    with pytest.raises(distributed.StartError, match=r'is not HOST:PORT|is not in 0\.\.'):
+        distributed.initialize(*place, timeout=1)
 
 
 def test_devices_that_cannot_be_started_refuse_the_run(monkeypatch):

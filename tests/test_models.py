@@ -42,12 +42,13 @@ def test_stride_is_in_the_3x3_convolution():
     assert block['conv2']['__call__'][0].shape[1:3] == (8, 8)
 
 
-def test_initial_weights():
-    model = models.create('resnet18_cifar', num_classes=100, bn_span=1)
+@pytest.mark.parametrize('truncated', [True, False])
+def test_initial_weights(truncated):
+    model = models.create('resnet18_cifar', num_classes=100, bn_span=1, truncated_init=truncated)
     params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)['params']
     kernel = params['layer4_0']['conv2']['kernel']
     assert kernel.std() == pytest.approx(np.sqrt(2 / (9 * 512)), rel=0.01)
-    assert np.abs(kernel).max() < 2.3 * kernel.std()  # Truncated at two deviations.
+    assert (np.abs(kernel).max() < 2.3 * kernel.std()) == truncated  # At two deviations.
     assert params['fc']['kernel'].std() == pytest.approx(0.01, rel=0.02)
     assert (params['bn1']['scale'] == 1).all()
     assert not params['bn1']['bias'].any()
