@@ -39,6 +39,8 @@ from rules import (
     STATUSES,
     TEXT,
     WARMUP,
+    WORKERS,
+    WORKERS_OR_NONE,
     Rule,
     one_of,
 )
@@ -136,7 +138,7 @@ _HARDWARE = (
     ('accelerator', str, 'Bounds the automatic per-device batch by its memory.',
      one_of(*ACCELERATORS)),
     ('data_processes', int, 'Decoding processes per training process; 0: threads alone.',
-     NOT_NEGATIVE),
+     WORKERS_OR_NONE),
     ('cache_gib', float, 'Decoded images of a split stay in the memory of each process that reads '
      'them, if all of them need at most so many GiB.',
      NOT_NEGATIVE),
@@ -145,7 +147,7 @@ _HARDWARE = (
 _OPTIONAL_HARDWARE = (
     ('per_device_batch', int, 'Examples per device and micro-step; none: the largest that fits.',
      DEVICE_BATCH),
-    ('data_threads', int, 'Decoding threads per process; none: one per core.', POSITIVE),
+    ('data_threads', int, 'Decoding threads per process; none: one per core.', WORKERS),
 )
 _RUN = (
     ('data_dir', str, 'Folder that holds the prepared data sets.', PATH),

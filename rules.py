@@ -13,6 +13,7 @@ SMALLEST_BATCH_WITH_FREE_MOMENTUM = 32768
 # Counts of steps and examples are int32 on the device; epochs are bounded so that they fit.
 INT32_LIMIT = 2**31
 MOST_EPOCHS = 10_000
+MOST_WORKERS = 1024
 LARGEST_IMAGE = 2048
 LARGEST_RATE = 1e6
 LARGEST_DECAY_EXPONENT = 100  # 0.0001·2^±100 are normal numbers in fp32.
@@ -143,6 +144,10 @@ def _nearest_evaluated(value: int, config: Mapping[str, Any]) -> str:
 ANY = Rule('any', lambda value, config: True)
 POSITIVE = Rule('> 0 and < 2^31', lambda value, config: 0 < value < INT32_LIMIT)
 EPOCHS = at_most(MOST_EPOCHS)
+WORKERS = at_most(MOST_WORKERS)
+WORKERS_OR_NONE = Rule(
+    f'≥ 0 and ≤ {MOST_WORKERS}', lambda value, config: 0 <= value <= MOST_WORKERS
+)
 IMAGE_SIZE = at_most(LARGEST_IMAGE)
 NOT_NEGATIVE = Rule('≥ 0', lambda value, config: value >= 0)
 TEXT = Rule('not empty, on one line', _is_text)

@@ -3,12 +3,12 @@
 
     run_seeds.py --config=configs/digits.py --runs=N [--jobs=J] [--out=DIR] [--config.NAME=VALUE …]
 
-Run i has the work directory DIR/i and adds its words to DIR/i.txt. The same command goes on where
-it was stopped: finished runs are kept, whether they met their target or not; interrupted ones go on
-from their checkpoint with their seed. One that cannot go on counts as failed and is left alone.
+Run i has the work directory DIR/i and appends its output to DIR/i.txt. The same command resumes:
+finished runs are kept, whether they met their target or not; interrupted ones resume from their
+checkpoint with their seed. One that cannot resume counts as failed and is left alone.
 Ctrl-C, SIGTERM and SIGHUP let the runs save and end; should this program itself be killed, the
 system sends them SIGTERM.
-Exit status: 0 all runs met their target, 1 some did not, 2 refused, 3 some failed, 75 interrupted.
+Exit status: 0 all runs met their target, 1 some did not, 2 rejected, 3 some failed, 75 interrupted.
 """
 
 import argparse

@@ -140,7 +140,9 @@ def test_signals_let_the_runs_save_and_end(tmp_path, number):
     out.mkdir()
     (program / 'main.py').write_text(PROGRAM)
     (out / 'BEHAVIOUR').write_text(json.dumps({'001': 'wait', '002': 'wait'}))
-    text = (
+    text = (  # With the signals of a terminal, also where the tests run under nohup.
+        'import signal; signal.signal(signal.SIGINT, signal.default_int_handler);'
+        'signal.signal(signal.SIGHUP, signal.SIG_DFL);'
         f'import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path;'
         f'from scripts import run_seeds; run_seeds.ROOT = Path({str(program)!r});'
         f'sys.exit(run_seeds.main(["--runs=2", "--jobs=2", "--out={out}"]))'
