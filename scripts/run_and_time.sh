@@ -7,7 +7,7 @@
 #   CONFIG        configs/digits.py (default), configs/cifar10.py, configs/imagenet.py, or a file of yours
 #   --workdir     where everything is written (default: runs/NAME-1, or the next number that is not
 #                 finished); the same command resumes a run that was interrupted
-#   --gpus=N      N processes with one GPU each (default: one process with all GPUs that it sees)
+#   --gpus=N      N processes with one GPU each (default: all GPUs that CUDA_VISIBLE_DEVICES or the driver names)
 #   --cpus=N      N processes on the CPU
 #   --config.NAME=VALUE  overrides a field of the configuration; python main.py --help lists them
 #
@@ -44,6 +44,11 @@ for argument in "$@"; do
     esac
 done
 config="${config:-configs/digits.py}"
+if [[ ${#processes[@]} -eq 0 ]]; then
+    gpus="${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2> /dev/null | grep '^GPU' | cut -d: -f1 | paste -sd, || true)}"
+    IFS=, read -ra gpus <<< "$gpus"
+    [[ ${#gpus[@]} -le 1 ]] || processes=("--gpus=${#gpus[@]}")
+fi
 name="$(basename -- "${config%%:*}")"
 name="${name%.*}"
 data_dir="$(realpath -m -- "$data_dir")"

@@ -221,3 +221,29 @@ def test_scripts_judge_arguments_before_anything_is_prepared(tmp_path):
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith('error: ')
         assert not list(tmp_path.iterdir())
+
+
+def test_every_gpu_of_a_machine_has_a_process(tmp_path):
+    """With a driver that names three GPUs; that they cannot be used is the launcher's error."""
+    driver = tmp_path / 'bin' / 'nvidia-smi'
+    driver.parent.mkdir()
+    driver.write_text('#!/bin/sh\nfor i in 0 1 2; do echo "GPU $i: NVIDIA (UUID: GPU-$i)"; done\n')
+    driver.chmod(0o755)
+    environment = os.environ | {
+        'VENV': sys.prefix,
+        'LOCK': 'cpu',
+        'PATH': f'{driver.parent}:{os.environ["PATH"]}',
+    }
+    for visible, processes in ((None, 3), ('1,2', 2)):
+        if visible:
+            environment['CUDA_VISIBLE_DEVICES'] = visible
+        done = subprocess.run(
+            [ROOT / 'scripts' / 'run_and_time.sh', f'--config.data_dir={tmp_path}/data'],
+            cwd=tmp_path,
+            env=environment | {'JAX_PLATFORMS': ''},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2, done.stdout + done.stderr
+        said = {line[:3] for line in done.stdout.splitlines() if 'A GPU was asked for' in line}
+        assert said == {f'[{i}]' for i in range(processes)}
