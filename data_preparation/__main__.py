@@ -1,41 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of data preparation; `scripts/download_dataset.sh` calls it."""
+"""The command line of data preparation; `scripts/download_dataset.sh` calls it.
+
+Exit status: 0 done, 2 an error, which is printed in one paragraph that says what to do, 130 stopped
+by Ctrl-C.
+"""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from records import DatasetError
+from records import EVAL_SPLIT, DatasetError
+
+
+def folder(text: str) -> Path:
+    """A path from the command line, absolute, so that remedies can be pasted anywhere."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # no such user
+        raise argparse.ArgumentTypeError(f'{text!r}: {error}') from error
+
+
+def positive(text: str) -> int:
+    """A number of threads from the command line."""
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
+    return int(text)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line's arguments; each command has its own."""
     parser = argparse.ArgumentParser(
-        prog='python -m data_preparation', description='Prepares and verifies datasets.'
+        prog='python -m data_preparation',
+        description='Prepares and verifies datasets.',
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest='command', required=True)
 
     digits = commands.add_parser('digits', help='prepare the digits that scikit-learn carries')
-    cifar10 = commands.add_parser('cifar10', help='fetch and prepare CIFAR-10')
+    cifar10 = commands.add_parser('cifar10', help='download and prepare CIFAR-10')
     cifar10.add_argument(
         '--from',
         dest='folder',
-        type=Path,
-        help='a folder train|test/CLASS/*.jpg, or an archive of one, instead of the download',
+        type=folder,
+        help='a folder train|test/CLASS/*.jpg, or a tar of one, instead of the download',
     )
     imagenet = commands.add_parser('imagenet', help='prepare ILSVRC2012 from its two archives')
-    imagenet.add_argument('--archives_dir', type=Path, help='where the archives are, or go to')
+    imagenet.add_argument('--archives_dir', type=folder, help='where the archives are, or go to')
     imagenet.add_argument('--url', help='the folder to download missing archives from')
-    imagenet.add_argument('--sources', type=Path, help='JSON: checksums of other archives')
-    imagenet.add_argument('--workers', type=int, default=len(os.sched_getaffinity(0)))
+    imagenet.add_argument('--sources', type=folder, help='JSON: checksums of other archives')
     verify = commands.add_parser('verify', help='check a prepared dataset')
-    verify.add_argument('name', help='digits, cifar10 or imagenet2012')
+    verify.add_argument('name', choices=EVAL_SPLIT)
     verify.add_argument('--full', action='store_true', help='decode every image')
-    verify.add_argument('--manifest', type=Path, help='compare with this one')
-    verify.add_argument('--workers', type=int, default=len(os.sched_getaffinity(0)))
+    verify.add_argument('--manifest', type=folder, help='compare with this one')
+    for command in (imagenet, verify):
+        command.add_argument('--workers', type=positive, default=len(os.sched_getaffinity(0)))
     for command in (digits, cifar10, imagenet, verify):
-        command.add_argument('--data_dir', type=Path, default=Path('data'), help='root of all data')
+        command.add_argument('--data_dir', type=folder, default='data', help='root of all data')
     return parser.parse_args()
 
 
@@ -72,16 +93,18 @@ def run(arguments: argparse.Namespace) -> str:
     )
 
 
-def main() -> None:
-    """Runs one command; what the user can mend is one paragraph, `error: …`, and exit code 2."""
+def main() -> int:
+    """Runs one command and returns its exit status."""
     try:
         print(run(parse_arguments()))
     except (ValueError, OSError, DatasetError) as error:
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
-        sys.exit('stopped; the same command goes on from here')
+        print('stopped; run the same command again to resume', file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large public files: fetched with resume, and checked against their published size and SHA-256."""
+"""Large public files: downloads that resume, checked against the published size and SHA-256."""
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import http.client
 import json
 import os
+import re
+import shlex
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
+
+from data_preparation import files
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
@@ -29,82 +36,164 @@ class Archive:
     sha256: str
 
 
-def download(url: str, path: Path, size: int, user: str = '', password: str = '') -> None:
-    """Fetches `url` to `path`, going on where an earlier attempt stopped.
+def redacted(url: str) -> str:
+    """A URL as it may be printed: without its query, and without a user name and password."""
+    before, at, after = url.rpartition('@')
+    return re.split('[?#]', f'***@{after}' if at else before + after)[0]
 
-    The bytes gather in `path` + '.part', which gets its final name once it has `size` bytes. A
-    connection that breaks is taken up again as long as every few attempts bring something.
+
+def check_url(url: str) -> None:
+    """Checks an address before it is used.
 
     Raises:
-        ValueError: the server refuses, sends another size, or does not answer any more.
+        ValueError: it is not an http or https URL, or has a password in it, which other users of
+            the machine could see.
     """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0
+    except ValueError:  # of the port
+        usable = False
+    if not usable or '@' in parts.netloc or not re.fullmatch('[!-~]+', url):
+        raise ValueError(
+            f'{redacted(url)!r} cannot be downloaded: it must be a URL http://HOST/PATH or '
+            'https://HOST/PATH without a user name and password, and with %20 for a space'
+        )
+
+
+def download(url: str, path: Path, size: int, user: str = '', password: str = '') -> None:
+    """Fetches `url` to `path`, resuming where an earlier attempt stopped.
+
+    The bytes gather in `path` + '.part', which gets its final name once it has `size` bytes. A
+    connection that breaks is opened again as long as every few attempts bring something. Name and
+    password go to the host of `url` alone, never to where it redirects.
+
+    Raises:
+        ValueError: the server sends an error or a file of another size, or does not answer any
+            more.
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    check_url(url)
     part = path.with_name(path.name + '.part')
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
     fruitless = 0
     with progress(f'downloading {path.name}', size, 'B') as bar:
         while (have := part.stat().st_size) < size:
+            reason = 'the connection was closed early'
             try:
-                _fetch_rest(url, part, bar, user, password)
-                reason = 'the connection was closed early'
-            except urllib.error.HTTPError as error:
-                raise ValueError(f'{url}: the server says {error.code} {error.reason}') from error
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
+                _fetch_rest(url, part, size, bar, user, password)
+            except ConnectionError as error:
                 reason = str(error)
-            except TimeoutError:
-                reason = f'no byte in {TIMEOUT_SECONDS} seconds'
             fruitless = 0 if part.stat().st_size > have else fruitless + 1
             if fruitless == FRUITLESS_ATTEMPTS:
                 raise ValueError(
-                    f'{url}: {reason}; {part.stat().st_size:,} of {size:,} bytes are kept in '
-                    f'{part}, and the same command goes on from there'
+                    f'{redacted(url)}: {reason}; {part.stat().st_size:,} of {size:,} bytes are in '
+                    f'{part}. Run the same command again to resume'
                 )
             time.sleep(min(2**fruitless - 1, 30))
     if have != size:
-        raise ValueError(f'{part} has {have:,} bytes, not {size:,}: not the file; delete it')
+        raise ValueError(
+            f'{part} has {have:,} bytes, the published file {size:,}: it is another file. '
+            f'Delete it: rm {shlex.quote(str(part))}'
+        )
     os.replace(part, path)
 
 
-def _fetch_rest(url: str, part: Path, bar: tqdm, user: str, password: str) -> None:
+@contextlib.contextmanager
+def network_errors(url: str) -> Iterator[None]:
+    """Turns what the network raises into ConnectionError, and what the server says into ValueError.
+
+    Of the two, only a ConnectionError may be gone at the next attempt. The text of a ValueError
+    names the URL.
+    """
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        reason = ' '.join(str(error.reason).split())
+        raise ValueError(f'{redacted(url)}: the server says {error.code} {reason}') from error
+    except TimeoutError as error:
+        raise ConnectionError(f'no byte in {TIMEOUT_SECONDS} seconds') from error
+    except (http.client.HTTPException, OSError) as error:
+        raise ConnectionError(f'{type(error).__name__}: {error}') from error
+    except ValueError as error:  # of a host name that cannot be encoded
+        raise ValueError(f'{redacted(url)}: {error}') from error
+
+
+def _fetch_rest(url: str, part: Path, size: int, bar: tqdm, user: str, password: str) -> None:
     """Appends to `part` what one connection brings of the bytes it does not have."""
     have = part.stat().st_size
     request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'})
     if user:
         token = base64.b64encode(f'{user}:{password}'.encode()).decode()
         request.add_unredirected_header('Authorization', f'Basic {token}')
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        # A server that knows no ranges answers 200 and sends everything from the start.
-        if response.status != http.client.PARTIAL_CONTENT:
-            have = 0
+    with network_errors(url):
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    with response:
+        have = _first_byte(url, response, have, size)
         with part.open('r+b') as file:
             file.truncate(have)
             file.seek(have)
             bar.update(have - bar.n)
-            while chunk := response.read1(CHUNK_BYTES):
+            while True:
+                with network_errors(url):
+                    chunk = response.read1(CHUNK_BYTES)
+                if not chunk:
+                    return
+                have += len(chunk)
+                if have > size:
+                    raise ValueError(
+                        f'{redacted(url)}: the server sends more than the published {size:,} '
+                        f'bytes: it is another file. Delete it: rm {shlex.quote(str(part))}'
+                    )
                 file.write(chunk)
                 bar.update(len(chunk))
+
+
+def _first_byte(url: str, response: http.client.HTTPResponse, have: int, size: int) -> int:
+    """Where in the file a response begins; ValueError if it is not the file of `size` bytes."""
+    if response.status == http.client.PARTIAL_CONTENT:
+        announced = response.headers.get('Content-Range', '')
+        rest = re.fullmatch(rf'bytes {have}-\d+/(\d+|\*)', announced)
+        if not rest:
+            raise ValueError(
+                f'{redacted(url)}: asked for the bytes from {have:,} on, the server sends '
+                f'{announced!r}'
+            )
+        first, total = have, rest[1]
+    else:  # A server without ranges sends everything from the start.
+        first, total = 0, response.headers.get('Content-Length', '*')
+    if total.isdecimal() and total.lstrip('0') != str(size):
+        raise ValueError(
+            f'{redacted(url)}: the file there has {total} bytes, the published one {size}'
+        )
+    return first
 
 
 def check(path: Path, archive: Archive, memory: Path) -> None:
     """Checks that a file is there, and is what was published.
 
     Hashing 148 GB takes minutes, so `memory`, a JSON file, keeps the files found good with their
-    size and time of change.
+    size and time of change. A memory that is damaged is as good as none.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: its size or its SHA-256 is another one.
+        ValueError: its size or its SHA-256 differs.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f'{path} is missing. Put the archive there, or name the folder that has it with '
-            '--archives_dir, or an address to fetch it from with --url'
-        )
+        raise FileNotFoundError(f'{path} is missing')
+    again = f'Delete it and get it again: rm {shlex.quote(str(path))}'
     status = path.stat()
     if status.st_size != archive.size:
-        fault = 'is truncated' if status.st_size < archive.size else 'is another file'
-        raise ValueError(f'{path} {fault}: it has {status.st_size:,} of {archive.size:,} bytes')
-    found_good = json.loads(memory.read_text()) if memory.exists() else {}
+        what = 'is truncated' if status.st_size < archive.size else 'is another file'
+        raise ValueError(
+            f'{path} {what}: it has {status.st_size:,} bytes, published are {archive.size:,}. '
+            f'{again}'
+        )
+    try:
+        found_good = dict(files.read_json(memory))
+    except (FileNotFoundError, ValueError, TypeError):
+        found_good = {}
     state = [status.st_size, status.st_mtime_ns, archive.sha256]
     if found_good.get(str(path)) == state:
         return
@@ -116,7 +205,7 @@ def check(path: Path, archive: Archive, memory: Path) -> None:
     if digest.hexdigest() != archive.sha256:
         raise ValueError(
             f'{path} is damaged: its SHA-256 is {digest.hexdigest()}, published is '
-            f'{archive.sha256}. Delete it and fetch it again'
+            f'{archive.sha256}. {again}'
         )
     memory.write_text(json.dumps(found_good | {str(path): state}))
 

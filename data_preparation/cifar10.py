@@ -8,7 +8,6 @@ TFDS gives them. JPEGs from a folder are kept byte for byte, so those pixels are
 CIFAR-10's; the image feature's encoding tells the two apart.
 """
 
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +15,9 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from data_preparation import dataset, files
 from data_preparation.archives import Archive, check, download
+from image_preprocessing import decode
 
 URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 ARCHIVE = Archive(
@@ -27,6 +28,10 @@ ARCHIVE = Archive(
 LABELS = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 # A record of the binary archive: the label, then 32×32 red, green and blue values.
 RECORD_BYTES = 1 + 3 * 32 * 32
+EXAMPLES = {'train': 50_000, 'test': 10_000}
+# The authors' archive has 184 MB inside, a tar of 60,000 JPEGs 93 MB.
+MAX_TAR_BYTES = 1 << 29
+MAX_IMAGE_BYTES = 1 << 16
 
 # Of a split: (key that TFDS orders by, identifier, label, encoded image).
 Examples = Iterable[tuple[int | str, str, str, bytes]]
@@ -73,11 +78,13 @@ def prepare(data_dir: Path, source: Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: `source` is missing, or has no such images.
-        ValueError: the download fails or is damaged.
+        ValueError: the download fails or is damaged, or `source` has something unusable in it; the
+            text names it.
+        OSError: the disk is full, or the folder cannot be written to.
     """
-    final = data_dir / Builder.name / str(Builder.VERSION)
-    if final.exists():
-        return final
+    version = str(Builder.VERSION)
+    if dataset.is_prepared(Builder.name, data_dir, version):
+        return data_dir / Builder.name / version
     if source is None:
         archive = data_dir / 'downloads' / ARCHIVE.file_name
         if not archive.exists():
@@ -92,36 +99,60 @@ def prepare(data_dir: Path, source: Path | None = None) -> Path:
         data_dir=data_dir,
         file_format='array_record',
     )
-    builder.download_and_prepare()
-    return final
+    return dataset.write(builder)
 
 
 def read_binary(archive: Path) -> dict[str, list]:
-    """The examples of each split in the authors' archive, images as PNG."""
+    """The examples of each split in the authors' archive, images as PNG; raises as `read_jpegs`."""
+    tar = files.open_tar(archive, MAX_TAR_BYTES)
+    batches = {
+        member.path: member.content.read()
+        for member in files.tar_members(tar, str(archive), MAX_TAR_BYTES)
+        if member.path.endswith('.bin')
+    }
     splits: dict[str, list] = {'train': [], 'test': []}
-    with tarfile.open(archive) as tar:
-        # TFDS numbers the training images over the files in the order of their names.
-        for member in sorted(tar, key=lambda m: m.name):
-            if not member.name.endswith('.bin'):
-                continue
-            split = 'test' if 'test' in PurePosixPath(member.name).name else 'train'
-            content = np.frombuffer(_content(tar, member), np.uint8)
-            for record in content.reshape(-1, RECORD_BYTES):
-                number = len(splits[split])
-                rgb = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-                png = cv2.imencode('.png', np.ascontiguousarray(rgb[..., ::-1]))[1].tobytes()
-                splits[split].append((number, f'{split}_{number:05d}', LABELS[record[0]], png))
+    # TFDS numbers the training images over the files in the order of their names.
+    for path, content in sorted(batches.items()):
+        records = np.frombuffer(content, np.uint8)
+        if len(records) % RECORD_BYTES or (records[::RECORD_BYTES] >= len(LABELS)).any():
+            raise ValueError(f'{path} in {archive} is not a batch of CIFAR-10 records')
+        split = 'test' if 'test' in PurePosixPath(path).name else 'train'
+        for record in records.reshape(-1, RECORD_BYTES):
+            number = len(splits[split])
+            rgb = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
+            png = cv2.imencode('.png', np.ascontiguousarray(rgb[..., ::-1]))[1].tobytes()
+            splits[split].append((number, f'{split}_{number:05d}', LABELS[record[0]], png))
     return splits
 
 
 def read_jpegs(source: Path) -> dict[str, list]:
-    """The examples of each split in a folder train|test/CLASS/*.jpg or in a tar of one."""
+    """The examples of each split in a folder train|test/CLASS/*.jpg or in a tar of one.
+
+    Raises:
+        FileNotFoundError: `source` is missing, or has no such images.
+        ValueError: `source` is damaged, or has an image that is not one of 32x32 pixels, or whose
+            path is unusable or there twice; the text names it.
+    """
     splits: dict[str, list] = {'train': [], 'test': []}
-    for path, content in sorted(_files(source)):
-        *_, split, label, name = PurePosixPath(path).parts
-        if split not in splits or label not in LABELS:
-            raise ValueError(f'{path} in {source} is not {{train,test}}/CLASS/NAME.jpg')
+    identifiers = set()
+    for path, content in _files(source):
+        where = f'{path} in {source}'
+        parts = PurePosixPath(path).parts[-3:]
+        if len(parts) < 3 or parts[0] not in splits or parts[1] not in LABELS:
+            raise ValueError(f'{where} is not {{train,test}}/CLASS/NAME.jpg with a CIFAR-10 class')
+        split, label, name = parts
         identifier = f'{split}/{label}/{PurePosixPath(name).stem}'
+        if identifier in identifiers:
+            raise ValueError(f'{source} has more than one {identifier}.jpg; the second is {path}')
+        if len(splits[split]) == EXAMPLES[split]:
+            raise ValueError(f'{source} has more than {EXAMPLES[split]:,} images in {split}')
+        try:
+            height, width, _ = decode(content).shape
+        except ValueError as error:
+            raise ValueError(f'{where} is damaged: {error}') from error
+        if content[:2] != b'\xff\xd8' or (height, width) != (32, 32):
+            raise ValueError(f'{where} is not a JPEG of 32x32 pixels')
+        identifiers.add(identifier)
         splits[split].append((identifier, identifier, label, content))
     if not all(splits.values()):
         raise FileNotFoundError(f'{source} has no train/CLASS/*.jpg and test/CLASS/*.jpg')
@@ -132,21 +163,11 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
     """Yields (path within `source`, content) of its JPEGs."""
     if source.is_dir():
         for path in source.glob('*/*/*.jpg'):
-            yield path.relative_to(source).as_posix(), path.read_bytes()
+            if not path.name.isprintable():
+                raise ValueError(f'{str(path)!r} has an unusable name')
+            yield path.relative_to(source).as_posix(), files.read(path, MAX_IMAGE_BYTES)
         return
-    if not source.exists():
-        raise FileNotFoundError(f'{source} is missing')
-    try:
-        with tarfile.open(source) as tar:
-            for member in tar:
-                if member.name.endswith('.jpg'):
-                    yield member.name, _content(tar, member)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f'{source} is damaged: {error}') from error
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    if file is None:
-        raise ValueError(f'{member.name} in {tar.name!s} is no file')
-    return file.read()
+    tar = files.open_tar(source, MAX_TAR_BYTES)
+    for member in files.tar_members(tar, str(source), MAX_IMAGE_BYTES):
+        if member.path.endswith('.jpg'):
+            yield member.path, member.content.read()

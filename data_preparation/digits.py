@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from data_preparation import dataset
+
 TEST_EXAMPLES_PER_CLASS = 36
 
 
@@ -79,10 +81,10 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: 
 def prepare(data_dir: Path) -> Path:
     """Writes `data_dir/digits/1.0.0` and returns it; returns at once when it is there.
 
-    TFDS writes into a folder of another name and renames it at the end, so a folder of the right
-    name is always whole.
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
     """
-    tfds.disable_progress_bar()  # It takes three seconds.
-    builder = Digits(data_dir=data_dir, file_format='array_record')
-    builder.download_and_prepare()
-    return Path(builder.data_dir)
+    version = str(Digits.VERSION)
+    if dataset.is_prepared(Digits.name, data_dir, version):
+        return data_dir / Digits.name / version
+    return dataset.write(Digits(data_dir=data_dir, file_format='array_record'))

@@ -14,11 +14,11 @@ import fcntl
 import functools
 import json
 import os
+import shlex
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -26,13 +26,16 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer
 from tqdm import tqdm
 
-from data_preparation import manifest
+from data_preparation import dataset, files, manifest
 from data_preparation.archives import check, progress
 from data_preparation.imagenet_archives import NAME, VERSION, Source, features, index, repair
 from image_preprocessing import decode
 
 # As TFDS writes, but for the compression, which gains nothing on JPEGs.
 WRITER_OPTIONS = 'group_size:1,uncompressed'
+
+# Of each shard of a split, by file name: what is in it, and the bytes of its records.
+Shards = dict[str, tuple[manifest.Summary, int]]
 
 
 def prepare(data_dir: Path, archives_dir: Path, sources: dict[str, Source], workers: int) -> Path:
@@ -41,11 +44,19 @@ def prepare(data_dir: Path, archives_dir: Path, sources: dict[str, Source], work
     Raises:
         FileNotFoundError: an archive is missing.
         ValueError: an archive or an image in it is damaged; the text names it.
-        OSError: the disk is full, or another preparation is at work on the same folder.
+        OSError: the disk is full, the folder cannot be written to, or another preparation is at
+            work on it.
     """
     final = data_dir / NAME / VERSION
-    if final.exists():
+    if dataset.is_prepared(NAME, data_dir, VERSION):
         return final
+    for source in sources.values():
+        path = archives_dir / source.archive.file_name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f'{path} is missing. Put the archive there, or name the folder that has it with '
+                '--archives_dir, or a URL to download it from with --url'
+            )
     work = data_dir / NAME / f'incomplete.{VERSION}'
     work.mkdir(parents=True, exist_ok=True)
     with _only_one(work):
@@ -63,7 +74,7 @@ def prepare(data_dir: Path, archives_dir: Path, sources: dict[str, Source], work
             summaries[split] = _write_split(split, archive, shards, work, workers)
         _write_metadata(work, summaries)
         for leftover in [work / 'checked.json', *work.glob('*.index.npy'), *work.glob('*.part')]:
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
         shutil.rmtree(work / 'summaries')
         os.rename(work, final)
     return final
@@ -95,7 +106,7 @@ def _check_space(work: Path, indexes: dict[str, list[np.ndarray]]) -> None:
 
 def _write_split(
     split: str, archive: Path, shards: list[np.ndarray], work: Path, workers: int
-) -> dict[str, dict[str, Any]]:
+) -> Shards:
     """Writes the shards of a split that are missing; returns the summaries of all, by file name."""
     (work / 'summaries').mkdir(exist_ok=True)
     paths = [
@@ -123,14 +134,24 @@ def _write_split(
             kept = sum(summary.exists() for summary in summaries)
             advice = (
                 f'{error}. {kept} of {len(paths)} shards of {split} are complete and kept in '
-                f'{work}; mend the cause and give the same command again'
+                f'{work}; fix the cause and run the same command again to resume'
             )
             if isinstance(error, (RuntimeError, OSError)):
                 raise OSError(advice) from error
             if isinstance(error, ValueError):
                 raise ValueError(advice) from error
             raise
-    return {path.name: json.loads(s.read_text()) for path, s in zip(paths, summaries, strict=True)}
+    return {path.name: _read_summary(s) for path, s in zip(paths, summaries, strict=True)}
+
+
+def _read_summary(path: Path) -> tuple[manifest.Summary, int]:
+    """The summary of a shard and the bytes of its records, as `_write_shard` wrote them."""
+    values = files.read_json(path)
+    try:
+        return manifest.Summary.from_json(values), int(values['bytes'])
+    except (KeyError, TypeError, ValueError) as error:
+        remedy = f'Delete it: rm {shlex.quote(str(path))}'
+        raise ValueError(f'{path} is damaged: {error!r}. {remedy}') from error
 
 
 def _write_shard(
@@ -172,13 +193,13 @@ def _write_shard(
     os.replace(temporary, summary_path)
 
 
-def _write_metadata(work: Path, summaries: dict[str, dict[str, dict[str, Any]]]) -> None:
+def _write_metadata(work: Path, summaries: dict[str, Shards]) -> None:
     """Adds what TFDS needs to read the shards, and the manifest."""
     infos = [
         tfds.core.SplitInfo(
             name=split,
-            shard_lengths=[shard['examples'] for shard in shards.values()],
-            num_bytes=sum(shard['bytes'] for shard in shards.values()),
+            shard_lengths=[summary.examples for summary, _ in shards.values()],
+            num_bytes=sum(size for _, size in shards.values()),
             filename_template=tfds.core.ShardedFileTemplate(
                 data_dir=work, dataset_name=NAME, split=split, filetype_suffix='array_record'
             ),
@@ -197,7 +218,7 @@ def _write_metadata(work: Path, summaries: dict[str, dict[str, dict[str, Any]]])
     manifest.write(
         work,
         {
-            split: {name: manifest.Summary.from_json(shard) for name, shard in shards.items()}
+            split: {name: summary for name, (summary, _) in shards.items()}
             for split, shards in summaries.items()
         },
         features()['label'].names,

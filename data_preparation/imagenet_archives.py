@@ -8,11 +8,13 @@ class names and the list of files to re-encode are those that TFDS carries.
 
 import dataclasses
 import functools
-import json
 import os
-import tarfile
+import re
+import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -21,11 +23,15 @@ from tensorflow_datasets.core import hashing
 from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
 
+from data_preparation import files
 from data_preparation.archives import Archive, download, progress
+from data_preparation.images import check_header
 from image_preprocessing import decode
 
 NAME, VERSION = 'imagenet2012', '5.1.0'
 INDEX_ENTRY = np.dtype([('offset', 'i8'), ('size', 'i4'), ('label', 'i2'), ('name', 'S32')])
+MAX_IMAGE_BYTES = 1 << 26
+SOURCE_FIELDS = {'file_name', 'size', 'sha256', 'examples'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +66,43 @@ OFFICIAL = {
 def read_sources(path: Path) -> dict[str, Source]:
     """Reads what is known of other archives of the same structure, for rehearsals, from JSON.
 
-    The file has {split: {file_name, size, sha256, examples, shards}}, `shards` optional.
+    The file has {split: {file_name, size, sha256, examples, shards}} for the splits of `OFFICIAL`;
+    `shards` is optional.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or of another form; the text names the field.
     """
-    sources = {}
-    for split, values in json.loads(path.read_text()).items():
-        archive = Archive(values['file_name'], values['size'], values['sha256'])
-        sources[split] = Source(archive, values['examples'], values.get('shards'))
-    return sources
+    content = files.read_json(path)
+    if not isinstance(content, dict) or content.keys() != OFFICIAL.keys():
+        raise ValueError(f'{path} must have an object with the keys {", ".join(OFFICIAL)}')
+    return {split: _source(f'{path}: {split}', values) for split, values in content.items()}
+
+
+def _source(where: str, values: Any) -> Source:
+    """Checks the form of one split of a file of sources."""
+    if not isinstance(values, dict) or values.keys() - {'shards'} != SOURCE_FIELDS:
+        fields = ', '.join(sorted(SOURCE_FIELDS))
+        raise ValueError(f'{where} must be an object with {fields} and, optionally, shards')
+    for field in ('size', 'examples', 'shards'):
+        value = values.get(field, 1)
+        if type(value) is not int or value < 1:
+            raise ValueError(f'{where}: {field} is {value!r}; it must be an integer above 0')
+    name, digest, shards = values['file_name'], values['sha256'], values.get('shards')
+    if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
+        raise ValueError(f'{where}: file_name is {name!r}; it must be a name without a folder')
+    if not isinstance(digest, str) or not re.fullmatch('[0-9a-f]{64}', digest):
+        raise ValueError(f'{where}: sha256 is {digest!r}; it must be 64 digits of 0-9a-f')
+    if shards is not None and shards > values['examples']:
+        raise ValueError(f'{where}: shards is {shards}; it must be at most examples')
+    return Source(Archive(name, values['size'], digest), values['examples'], shards)
 
 
 def fetch(url: str, archives_dir: Path, sources: dict[str, Source]) -> None:
     """Downloads from the folder `url` the archives that `archives_dir` does not have.
 
-    A server that wants a name and a password gets those of the environment variables
-    IMAGENET_USER and IMAGENET_PASSWORD.
+    A server that asks for a name and a password gets those of the environment variables
+    IMAGENET_USER and IMAGENET_PASSWORD. Raises as `download`.
     """
     user, password = (os.environ.get(f'IMAGENET_{v}', '') for v in ('USER', 'PASSWORD'))
     for source in sources.values():
@@ -90,72 +119,104 @@ def features() -> tfds.features.FeaturesDict:
 
 
 @functools.cache
+def _labels() -> dict[str, int]:
+    """The label of each class by its name ('n01440764')."""
+    return {name: label for label, name in enumerate(features()['label'].names)}
+
+
+@functools.cache
 def _validation_labels() -> list[str]:
     """The class of each validation image, in the order of their numbers."""
     path = tfds.core.tfds_path('datasets/imagenet2012/validation_labels.txt')
     return path.read_text().split()
 
 
-def _class_of(split: str, name: str, inner_tar: str) -> str:
-    """The class ('n01440764') of an image, from the tar it lies in or from its number."""
+def _class_of(split: str, name: str, inner_tar: str) -> int:
+    """The label of an image, from the tar it lies in or from its number; ValueError if unknown."""
     if split == 'train':
-        return Path(inner_tar).stem
-    return _validation_labels()[int(Path(name).stem.rsplit('_', 1)[1]) - 1]
+        synset = Path(inner_tar).stem
+    else:
+        number = re.fullmatch(r'ILSVRC2012_val_(\d{8})\.JPEG', name)
+        labels = _validation_labels()
+        if not number or not 1 <= int(number[1]) <= len(labels):
+            raise ValueError(f'{name} is not a name of a validation image')
+        synset = labels[int(number[1]) - 1]
+    if synset not in _labels():
+        raise ValueError(f'{synset} is not a class of ILSVRC2012')
+    return _labels()[synset]
 
 
 def _members(split: str, path: Path) -> Iterator[tuple[str, str, int, int]]:
     """Yields (image's name, inner tar's name, offset in the archive, size) from the tar headers."""
-    with tarfile.open(path, 'r:') as outer:
-        for member in outer:
-            outer.members = []  # type: ignore[attr-defined]  # or it would keep a million
-            if split != 'train':
-                yield member.name, '', member.offset_data, member.size
-                continue
-            with tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
-                for image in inner:
-                    inner.members = []  # type: ignore[attr-defined]
-                    offset = member.offset_data + image.offset_data
-                    yield image.name, member.name, offset, image.size
+    with path.open('rb') as archive:
+        if split != 'train':
+            for image in files.tar_members(archive, str(path), MAX_IMAGE_BYTES):
+                yield image.path, '', image.offset, image.size
+            return
+        for member in files.tar_members(archive, str(path), path.stat().st_size):
+            where = f'{member.path} in {path}'
+            for image in files.tar_members(member.content, where, MAX_IMAGE_BYTES):
+                yield image.path, member.path, member.offset + image.offset, image.size
 
 
 def index(split: str, path: Path, source: Source, work: Path) -> list[np.ndarray]:
-    """Where each shard's images are: one array of INDEX_ENTRY for each shard, in TFDS's order."""
+    """Where each shard's images are: one array of INDEX_ENTRY for each shard, in TFDS's order.
+
+    Raises:
+        ValueError: the archive has not the structure of ILSVRC2012's; the text names the member.
+    """
     cache = work / f'{split}.index.npy'
     if not cache.exists():
-        to_index = features()['label'].str2int
-        entries = []
-        try:
-            bar = progress(f'indexing {path.name}', source.examples, ' images')
-            for name, inner_tar, offset, size in _members(split, path):
-                bar.update()
-                name = Path(name).name
-                entries.append(
-                    (offset, size, to_index(_class_of(split, name, inner_tar)), name.encode())
-                )
-        except (tarfile.TarError, KeyError, IndexError) as error:
-            raise ValueError(f'{path} has not the structure of ILSVRC2012: {error!r}') from error
-        if len(entries) != source.examples:
-            raise ValueError(f'{path} has {len(entries):,} images, not {source.examples:,}')
-        # TFDS orders the examples of a split by a hash of their names.
-        hasher = hashing.Hasher(split)
-        entries.sort(key=lambda entry: hasher.hash_key(entry[3]))
+        entries = np.array(_entries(split, path, source), INDEX_ENTRY)
         temporary = cache.with_suffix('.part')
         with temporary.open('wb') as file:
-            np.save(file, np.array(entries, INDEX_ENTRY))
+            np.save(file, entries)
         os.replace(temporary, cache)
-    index = np.load(cache)
+    try:
+        index = np.load(cache)
+    except (ValueError, EOFError) as error:
+        remedy = f'Delete it: rm {shlex.quote(str(cache))}'
+        raise ValueError(f'{cache} is damaged: {error}. {remedy}') from error
     shards = shard_utils.ShardConfig(num_shards=source.shards).get_number_shards(
         int(index['size'].sum(dtype=np.int64)), len(index)
     )
     return np.split(index, shard_utils.get_shard_boundaries(len(index), shards)[:-1])
 
 
+def _entries(split: str, path: Path, source: Source) -> list[tuple[int, int, int, bytes]]:
+    """The images of an archive as tuples of INDEX_ENTRY, in TFDS's order."""
+    entries = []
+    bar = progress(f'indexing {path.name}', source.examples, ' images')
+    for member, inner_tar, offset, size in _members(split, path):
+        bar.update()
+        name = Path(member).name
+        if len(name.encode()) > INDEX_ENTRY['name'].itemsize:
+            raise ValueError(f'{path} has not the structure of ILSVRC2012: {name} is too long')
+        try:
+            entries.append((offset, size, _class_of(split, name, inner_tar), name.encode()))
+        except ValueError as error:
+            raise ValueError(f'{path} has not the structure of ILSVRC2012: {error}') from error
+        if len(entries) > source.examples:
+            raise ValueError(f'{path} has more than {source.examples:,} images')
+    if len(entries) != source.examples:
+        raise ValueError(f'{path} has {len(entries):,} images, not {source.examples:,}')
+    counts = Counter(name for *_, name in entries)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice:
+        raise ValueError(f'{path} has {twice.decode()} twice')
+    # TFDS orders the examples of a split by a hash of their names.
+    hasher = hashing.Hasher(split)
+    return sorted(entries, key=lambda entry: hasher.hash_key(entry[3]))
+
+
 def repair(name: str, encoded: bytes) -> bytes:
     """Re-encodes the 22 CMYK files and the PNG among the training images; the rest stays as it is.
 
     As TFDS does it with TensorFlow, to the byte: RGB, JPEG quality 100, halved chroma, 300 dpi.
+    ValueError if it is to be re-encoded and cannot be decoded.
     """
     if name in imagenet2012_dataset_builder.CMYK_IMAGES:
+        check_header(encoded)
         # Adobe's CMYK is stored inverted, so that the product with black is the colour.
         cmyk = simplejpeg.decode_jpeg(encoded, 'CMYK', fastdct=True).astype(np.uint16)
         rgb = (cmyk[..., :3] * cmyk[..., 3:] // 255).astype(np.uint8)

@@ -9,11 +9,16 @@ and a record that is missing or there twice changes it.
 import dataclasses
 import hashlib
 import json
+import os
+import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tensorflow_datasets.proto import tf_example_pb2
+
+from data_preparation import files
 
 FILE_NAME = 'manifest.json'
 PUBLISHED = Path(__file__).parent / 'manifests'
@@ -89,6 +94,73 @@ class Summary:
         return cls(values['examples'], int(values['digest'], 16), counts)
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What a manifest says of a split; None or empty where that is not known.
+
+    `shards` has the digest of each shard by its file's name.
+    """
+
+    examples: int
+    class_counts: list[int] | None = None
+    digest: str | None = None
+    shards: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The names of the classes in the order of their labels, and the splits by name."""
+
+    label_names: list[str]
+    splits: dict[str, Split]
+
+
+def read(path: Path) -> Manifest:
+    """Reads a manifest.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged; the text names the file and what is wrong in it.
+    """
+    content = files.read_json(path)
+    try:
+        labels = content.pop('label_names')
+        splits = {name: Split(**values) for name, values in content.items()}
+        wrong = [] if _is_list_of(str, labels) else ['label_names is not a list of names']
+        for name, split in splits.items():
+            wrong += [f'{name}: {reason}' for reason in _contradictions(split)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} is damaged or not a manifest: {error!r}') from error
+    if wrong:
+        raise ValueError(f'{path} is damaged: {"; ".join(wrong)}')
+    return Manifest(labels, splits)
+
+
+def _contradictions(split: Split) -> list[str]:
+    """What cannot be true of a split; empty for what `write` writes."""
+    wrong = []
+    if type(split.examples) is not int or split.examples < 0:
+        wrong.append(f'examples is {split.examples!r}, not a count')
+    if split.class_counts is not None and (
+        not _is_list_of(int, split.class_counts) or sum(split.class_counts) != split.examples
+    ):
+        wrong.append('class_counts are not counts that add up to examples')
+    digests = [*split.shards.values(), *([] if split.digest is None else [split.digest])]
+    if not all(re.fullmatch('[0-9a-f]{64}', digest) for digest in digests):
+        wrong.append('a digest is not 64 hexadecimal digits')
+    elif split.shards and _total(split.shards.values()) != split.digest:
+        wrong.append("the shards' digests do not add up to the split's")
+    return wrong
+
+
+def _is_list_of(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def _total(digests: Iterable[str]) -> str:
+    return f'{sum(int(digest, 16) for digest in digests) % 2**256:064x}'
+
+
 def write(directory: Path, splits: dict[str, dict[str, Summary]], label_names: list[str]) -> Path:
     """Writes a dataset's manifest into its folder and returns the file.
 
@@ -104,7 +176,9 @@ def write(directory: Path, splits: dict[str, dict[str, Summary]], label_names: l
             'shards': {name: f'{shard.digest:064x}' for name, shard in sorted(shards.items())}
         }
     path = directory / FILE_NAME
-    path.write_text(json.dumps(content) + '\n')
+    temporary = path.with_suffix('.part')
+    temporary.write_text(json.dumps(content) + '\n')
+    os.replace(temporary, path)
     return path
 
 

@@ -3,31 +3,44 @@
 
 Every shard is there and opens, every record can be read (ArrayRecord keeps a checksum of each),
 labels are in range, no identifier occurs twice, image headers (or with `full` the whole images)
-decode, and counts, class counts and content digest are those of the manifest: the published one,
-or else the one that was written beside the data when it was prepared. All faults are named at
-once.
+decode to the size that the metadata states, and counts, class counts and content digest are those
+of the manifest: the published one, and the one that was written beside the data when it was
+prepared. All errors are named at once.
 """
 
 import concurrent.futures
 import dataclasses
-import json
+import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import simplejpeg
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
-from data_preparation import manifest
+from data_preparation import dataset, files, manifest
 from data_preparation.archives import progress
-from data_preparation.manifest import Record, Summary
+from data_preparation.images import check_header
+from data_preparation.manifest import Manifest, Record, Split, Summary
 from image_preprocessing import decode
-from records import newest_version
+from records import EVAL_SPLIT, newest_version
 
-NAMED_FAULTS = 20
-ADVICE = 'Delete that folder and prepare the dataset again; until then nothing should train on it'
+NAMED_ERRORS = 20
+MAX_LABELS_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What `dataset_info.json`, `features.json` and the label names say.
+
+    `image_size` is height and width in pixels, None where images differ; `shards` are the split,
+    file and number of records of each shard.
+    """
+
+    encoding: str
+    label_names: list[str]
+    image_size: tuple[int | None, int | None]
+    shards: list[tuple[str, Path, int]]
 
 
 @dataclasses.dataclass
@@ -36,7 +49,7 @@ class Shard:
 
     split: str
     path: Path
-    faults: list[str] = dataclasses.field(default_factory=list)
+    errors: list[str] = dataclasses.field(default_factory=list)
     summary: Summary = dataclasses.field(default_factory=Summary)
     names: list[bytes] = dataclasses.field(default_factory=list)
 
@@ -49,102 +62,172 @@ def verify(
     Raises:
         DatasetError: there is no such dataset.
         FileNotFoundError: there is no such manifest.
-        ValueError: it has faults; the text names them.
+        ValueError: the dataset has errors, or the manifest is damaged; the text names them.
+        OSError: the manifest cannot be written beside the data.
     """
+    data_dir = data_dir.expanduser().absolute()
     directory = newest_version(name, data_dir)
-    info = tfds.builder_from_directory(directory).info
-    encoding = info.features['image'].encoding_format or 'png'
-    shards, faults = _read_all(info, full, workers)
-    faults += [fault for shard in shards for fault in shard.faults]
-    faults += _stray_files(directory, shards)
-    faults += _duplicates(shards)
-    found: dict[str, dict[str, Summary]] = {split: {} for split in info.splits}
+    remedy = dataset.prepare_again(name, data_dir, directory)
+    if manifest_file:
+        manifest.read(manifest_file)
+    try:
+        metadata = read_metadata(directory)
+    except (FileNotFoundError, ValueError) as error:
+        raise _failure(directory, [str(error)], remedy) from error
+    shards = _read_all(metadata, full, workers)
+    errors = [error for shard in shards for error in shard.errors]
+    errors += _stray_files(directory, shards)
+    errors += _duplicates(shards)
+    found: dict[str, dict[str, Summary]] = {split: {} for split in ('train', EVAL_SPLIT[name])}
     for shard in shards:
-        found[shard.split][shard.path.name] = shard.summary
+        found.setdefault(shard.split, {})[shard.path.name] = shard.summary
+    errors += [f'{split} has no shards in the metadata' for split in found if not found[split]]
 
-    known = manifest_file or manifest.published(name, str(info.version), encoding)
     written = directory / manifest.FILE_NAME
-    if manifest_file and not manifest_file.exists():
-        raise FileNotFoundError(f'{manifest_file} is missing')
-    compared = [path for path in (known, written) if path.exists()]
-    for path in compared:
-        faults += _differences(path, found, info)
-    if faults:
-        more = [f'… and {len(faults) - NAMED_FAULTS} more'] if len(faults) > NAMED_FAULTS else []
-        lines = '\n  '.join(faults[:NAMED_FAULTS] + more)
-        raise ValueError(f'{directory} has {len(faults)} faults:\n  {lines}\n{ADVICE}')
-    verdict = f'as in {" and ".join(map(str, compared))}'
-    digested = any('digest' in split for path in compared for split in _splits(path).values())
-    if not digested or not written.exists():  # Runs record the digest that is beside the data.
-        manifest.write(directory, found, info.features['label'].names)
+    known = manifest_file or manifest.published(name, directory.name, metadata.encoding)
+    expected: dict[Path, Manifest] = {}
+    for path in (known, written):
+        if not path.exists():
+            continue
+        try:
+            expected[path] = manifest.read(path)
+            errors += _differences(path, expected[path], found, metadata.label_names)
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise _failure(directory, errors, remedy)
+    verdict = f'as in {" and ".join(map(str, expected))}'
+    digested = any(s.digest for known in expected.values() for s in known.splits.values())
+    if not digested or written not in expected:  # Runs record the digest that is beside the data.
+        manifest.write(directory, found, metadata.label_names)
     if not digested:
         verdict = f'no digest is published for this data, so theirs are now in {written}'
-    counts = ', '.join(f'{info.splits[split].num_examples:,} {split}' for split in found)
+    counts = ', '.join(
+        f'{sum(s.examples for s in of_split.values()):,} {split}'
+        for split, of_split in found.items()
+    )
     return f'verified: {directory}: {counts} examples, {verdict}'
 
 
-def _read_all(
-    info: tfds.core.DatasetInfo, full: bool, workers: int
-) -> tuple[list[Shard], list[str]]:
-    """Reads every shard, several at a time; returns what was found, and faults of the metadata."""
-    num_classes = info.features['label'].num_classes
-    faults: list[str] = []
-    if num_classes is None:
-        return [], ['the metadata names no classes: label.labels.txt is missing or empty']
-    shards, lengths = [], []
-    for split, of_split in info.splits.items():
-        for path, length in zip(of_split.filepaths, of_split.shard_lengths, strict=True):
-            shards.append(Shard(split, Path(path)))
-            lengths.append(length)
+def _failure(directory: Path, errors: list[str], remedy: str) -> ValueError:
+    more = [f'… and {len(errors) - NAMED_ERRORS} more'] if len(errors) > NAMED_ERRORS else []
+    lines = '\n  '.join(errors[:NAMED_ERRORS] + more)
+    count = '1 error' if len(errors) == 1 else f'{len(errors)} errors'
+    return ValueError(
+        f'{directory} has {count}:\n  {lines}\n'
+        'Do not train on it. To prepare it again (with the options that you used, if any):\n'
+        f'  {remedy}'
+    )
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Reads the files beside the shards of a dataset.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: one is damaged; the text names it, where that is known.
+    """
+    for name in ('dataset_info.json', 'features.json'):
+        files.read_json(directory / name)
+    for path in directory.glob('*.labels.txt'):
+        files.read(path, MAX_LABELS_BYTES)
+    try:
+        info = tfds.builder_from_directory(directory).info
+        image, label = info.features['image'], info.features['label']
+        height, width, _ = image.shape
+        shards = [
+            (split, Path(path), length)
+            for split, of_split in info.splits.items()
+            for path, length in zip(of_split.filepaths, of_split.shard_lengths, strict=True)
+        ]
+        labels = label.names if label.num_classes else []
+        metadata = Metadata(image.encoding_format or 'png', labels, (height, width), shards)
+    except Exception as error:  # TFDS and protobuf raise anything, their own errors included
+        reason = (str(error).splitlines() or [''])[0]
+        raise ValueError(
+            f'dataset_info.json or features.json is damaged: {type(error).__name__}: {reason}'
+        ) from error
+    if not labels:
+        raise ValueError('the metadata names no classes: label.labels.txt is missing or empty')
+    if str(info.version) != directory.name:
+        raise ValueError(f'dataset_info.json is damaged: it has version {info.version}')
+    outside = [path for _, path, _ in shards if path.parent != directory]
+    if outside:
+        raise ValueError(f'dataset_info.json is damaged: it has a shard {outside[0]}')
+    return metadata
+
+
+def _read_all(metadata: Metadata, full: bool, workers: int) -> list[Shard]:
+    """Reads every shard, several at a time; returns what was found."""
+    shards = [Shard(split, path) for split, path, _ in metadata.shards]
+    lengths = [length for *_, length in metadata.shards]
+    stop = threading.Event()
     with (
         progress('verifying', sum(lengths), ' records') as bar,
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
         reads = [
-            pool.submit(_read_shard, shard, length, num_classes, full, bar)
+            pool.submit(_read_shard, shard, length, metadata, full, stop, bar)
             for shard, length in zip(shards, lengths, strict=True)
         ]
-        for read in reads:
-            read.result()
-    return shards, faults
+        try:
+            for read in reads:
+                read.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return shards
 
 
-def _read_shard(shard: Shard, length: int, num_classes: int, full: bool, bar: tqdm) -> None:
-    """Reads the records of a shard into `shard`."""
+def _read_shard(
+    shard: Shard, length: int, metadata: Metadata, full: bool, stop: threading.Event, bar: tqdm
+) -> None:
+    """Reads the records of a shard into `shard`, until `stop` is set."""
     if not shard.path.is_file():
-        shard.faults.append(f'{shard.path.name} is missing')
+        shard.errors.append(f'{shard.path.name} is missing or not a regular file')
         return
-    options = 'readahead_buffer_size:0,max_parallelism:0'
-    reader = ArrayRecordReader(str(shard.path), options)
+    try:
+        shard.path.open('rb').close()
+    except OSError as error:
+        shard.errors.append(f'{shard.path.name} cannot be read: {error.strerror}')
+        return
+    reader = ArrayRecordReader(str(shard.path), 'readahead_buffer_size:0,max_parallelism:0')
     if not reader.ok():
-        shard.faults.append(f'{shard.path.name} is truncated or no ArrayRecord file')
+        shard.errors.append(f'{shard.path.name} is truncated or no ArrayRecord file')
         return
     if reader.num_records() != length:
-        shard.faults.append(
+        shard.errors.append(
             f'{shard.path.name} has {reader.num_records()} records, the metadata says {length}'
         )
-    for i in range(reader.num_records()):
+    for i in range(min(reader.num_records(), length)):
+        if stop.is_set():
+            return
         where = f'record {i} of {shard.path.name}'
         try:
             record = Record.parse(reader.read([i])[0])
             where += f' ({record.name.decode()})' * bool(record.name)
-            if not 0 <= record.label < num_classes:
-                raise ValueError(f'label {record.label} is not in 0..{num_classes - 1}')
-            (decode if full else check_header)(record.image)
+            _check_record(record, metadata, full)
         except (ValueError, RuntimeError) as error:
-            shard.faults.append(f'{where}: {error}')
+            shard.errors.append(f'{where}: {error}')
         else:
             shard.summary.add(record)
             shard.names.append(record.name or record.digest.to_bytes(32, 'big'))
         bar.update()
 
 
-def check_header(encoded: bytes) -> None:
-    """Checks the start of a JPEG, and the whole of a PNG; ValueError if it is neither."""
-    if encoded[:2] == b'\xff\xd8':
-        simplejpeg.decode_jpeg_header(encoded)
-    else:
-        decode(encoded)
+def _check_record(record: Record, metadata: Metadata, full: bool) -> None:
+    """Checks a record's label and image; ValueError says what is wrong."""
+    num_classes = len(metadata.label_names)
+    if not 0 <= record.label < num_classes:
+        raise ValueError(f'label {record.label} is not in 0..{num_classes - 1}')
+    size = decode(record.image).shape[:2] if full else check_header(record.image)
+    for actual, stated in zip(size, metadata.image_size, strict=True):
+        if stated not in (None, actual):
+            raise ValueError(
+                f'the image is {size[1]}×{size[0]} pixels, features.json says '
+                f'{metadata.image_size[1]}×{metadata.image_size[0]}'
+            )
 
 
 def _stray_files(directory: Path, shards: list[Shard]) -> list[str]:
@@ -158,48 +241,60 @@ def _stray_files(directory: Path, shards: list[Shard]) -> list[str]:
 
 def _duplicates(shards: list[Shard]) -> list[str]:
     """Names the identifiers, or where there are none the contents, that a split has twice."""
-    faults = []
+    errors = []
     for split in dict.fromkeys(shard.split for shard in shards):
         members = [shard for shard in shards if shard.split == split]
         counts = Counter(name for shard in members for name in shard.names)
-        for name, count in counts.items():
-            if count > 1:
-                text = name.decode() if len(name) < 32 else name.hex()[:16]
-                places = ', '.join(s.path.name for s in members if name in s.names)
-                faults.append(f'{split} has {text} {count} times, in {places}')
-    return faults
-
-
-def _splits(path: Path) -> dict[str, dict[str, Any]]:
-    """A manifest's splits."""
-    return {k: v for k, v in json.loads(path.read_text()).items() if k != 'label_names'}
+        places: dict[bytes, dict[str, None]] = {n: {} for n, count in counts.items() if count > 1}
+        for shard in members:
+            for name in shard.names:
+                if name in places:
+                    places[name][shard.path.name] = None
+        for name, paths in places.items():
+            text = name.decode() if len(name) < 32 else name.hex()[:16]
+            errors.append(f'{split} has {text} {counts[name]} times, in {", ".join(paths)}')
+    return errors
 
 
 def _differences(
-    path: Path, found: dict[str, dict[str, Summary]], info: tfds.core.DatasetInfo
+    path: Path, expected: Manifest, found: dict[str, dict[str, Summary]], label_names: list[str]
 ) -> list[str]:
-    """Compares with a manifest file; one may leave out what is not published."""
-    expected, faults = _splits(path), []
-    if json.loads(path.read_text())['label_names'] != info.features['label'].names:
-        faults.append(f'the class names are not those of {path}: a label file of another dataset?')
-    for split in sorted(expected.keys() | found.keys()):
-        if split not in found or split not in expected:
-            faults.append(f'split {split} is {"missing" if split in expected else "unknown"}')
-            continue
-        actual = sum(found[split].values(), Summary()).to_json()
-        before = len(faults)
-        for key in ('examples', 'class_counts', 'digest'):
-            want, have = expected[split].get(key), actual[key]
-            if want is None or want == have:
-                continue
-            if key == 'class_counts':
-                pairs = enumerate(zip(want, have, strict=False))
-                label, (want, have) = next((c, p) for c, p in pairs if p[0] != p[1])
-                key = f'examples of class {label}'
-            faults.append(f'{split} has {key} {have}, in {path} it is {want}')
-        if len(faults) > before:
-            recorded = expected[split].get('shards', {})
-            for name, summary in found[split].items():
-                if name in recorded and recorded[name] != f'{summary.digest:064x}':
-                    faults.append(f'{name} has not the content it was written with')
-    return faults
+    """Compares with the manifest in `path`; one may leave out what is not published."""
+    errors = []
+    if expected.label_names != label_names:
+        errors.append(f'the class names are not those of {path}: a label file of another dataset?')
+    for split in sorted(expected.splits.keys() | found.keys()):
+        if split not in found or split not in expected.splits:
+            where = 'missing' if split in expected.splits else 'unknown'
+            errors.append(f'split {split} is {where}, compared with {path}')
+        else:
+            errors += _differences_of_split(path, split, expected.splits[split], found[split])
+    return errors
+
+
+def _differences_of_split(
+    path: Path, split: str, expected: Split, found: dict[str, Summary]
+) -> list[str]:
+    actual = sum(found.values(), Summary())
+    digest = actual.to_json()['digest']
+    errors = []
+    if actual.examples != expected.examples:
+        errors.append(
+            f'{split} has {actual.examples:,} examples, {path} says {expected.examples:,}'
+        )
+    for label, count in enumerate(expected.class_counts or []):
+        if actual.class_counts[label] != count:
+            errors.append(
+                f'{split} has {actual.class_counts[label]:,} examples of class {label}, {path} '
+                f'says {count:,}'
+            )
+            break  # One is enough to see that classes differ.
+    if expected.digest and digest != expected.digest:
+        errors.append(f'{split} has the content digest {digest}, {path} says {expected.digest}')
+    if not errors:
+        return []
+    return errors + [
+        f'{name} does not have the content it was written with'
+        for name, summary in found.items()
+        if name in expected.shards and expected.shards[name] != summary.to_json()['digest']
+    ]

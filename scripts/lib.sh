@@ -63,6 +63,18 @@ dataset_arguments() {
     options=("$@")
 }
 
+# data_preparation ARGUMENT...: becomes `python -m data_preparation ARGUMENT...`. Wrong arguments are rejected
+# before the environment is set up.
+data_preparation() {
+    local python="$VENV/bin/python"
+    case " $* " in *' -h '* | *' --help '*) print_help; exit ;; esac
+    [[ -x "$python" ]] || python="$(find_python)"
+    export PYTHONPATH="$ROOT"
+    "$python" -c 'from data_preparation.__main__ import parse_arguments; parse_arguments()' "$@"
+    "$ROOT/scripts/setup_env.sh"
+    exec "$VENV/bin/python" -m data_preparation "$@"
+}
+
 # has_gpu: true where an NVIDIA driver answers and sees a GPU.
 has_gpu() {
     [[ "$(nvidia-smi -L 2>/dev/null)" == GPU* ]]

@@ -12,6 +12,9 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from data_preparation.imagenet_archives import Source, read_sources
+
+CLASSES = ('n01440764', 'n01443537', 'n02123045')
 CMYK_NAME, PNG_NAME = 'n01739381_1309.JPEG', 'n02105855_2933.JPEG'
 
 
@@ -71,6 +74,18 @@ def write_archives(
     path = folder / 'sources.json'
     path.write_text(json.dumps(sources))
     return path
+
+
+def small_sources(folder: Path) -> dict[str, Source]:
+    """Writes archives of 32 training and 6 validation images, and returns what is known of them."""
+    train = {
+        f'{c}_{i}.JPEG': synthetic_jpeg(10 * i + k)
+        for i in range(10)
+        for k, c in enumerate(CLASSES)
+    }
+    train |= {CMYK_NAME: cmyk_jpeg(), PNG_NAME: png()}
+    validation = {f'ILSVRC2012_val_{i:08d}.JPEG': synthetic_jpeg(100 + i) for i in range(1, 7)}
+    return read_sources(write_archives(folder, train, validation, shards=4))
 
 
 def _tar(members: Mapping[str, bytes]) -> bytes:

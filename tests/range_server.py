@@ -1,12 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A web server on this machine that breaks its connections, for the tests of downloads."""
+"""Web servers on this machine that misbehave, for the tests of downloads."""
 
 import http.server
+import socketserver
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
-class RangeServer:
+class _Server:
+    """A server in a thread of its own, as a context manager."""
+
+    def __init__(self, kind: type[socketserver.TCPServer], handler):
+        self.server = kind(('127.0.0.1', 0), handler)
+        self.url = f'http://127.0.0.1:{self.server.server_address[1]}/folder'
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class RangeServer(_Server):
     """Serves files by the last part of their address.
 
     Args:
@@ -28,6 +45,8 @@ class RangeServer:
                 name = self.path.rsplit('/', 1)[-1]
                 file = content if isinstance(content, bytes) else content[name]
                 self.send_response(206 if ranges else 200)
+                if ranges:
+                    self.send_header('Content-Range', f'bytes {first}-{len(file) - 1}/{len(file)}')
                 self.send_header('Content-Length', str(len(file) - first))
                 self.end_headers()
                 body = file[first:]
@@ -36,13 +55,27 @@ class RangeServer:
             def log_message(self, *_):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        self.url = f'http://127.0.0.1:{self.server.server_port}/folder'
+        super().__init__(http.server.ThreadingHTTPServer, Handler)
 
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
 
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+class RawServer(_Server):
+    """Answers every request with the same bytes, whatever they are, and closes.
+
+    `sent` counts the bytes that the clients took. What was asked is in `requests`.
+    """
+
+    def __init__(self, answer: Iterable[bytes]):
+        self.sent, self.requests = 0, []
+        outer = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                outer.requests.append(self.request.recv(1 << 16).decode())
+                try:
+                    for piece in answer:
+                        self.request.sendall(piece)
+                        outer.sent += len(piece)
+                except OSError:  # the client has had enough
+                    pass
+
+        super().__init__(socketserver.ThreadingTCPServer, Handler)

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The size that an encoded image states, for checks that are cheaper than decoding it."""
+
+import simplejpeg
+
+from image_preprocessing import MAX_PIXELS, decode
+
+
+def check_header(encoded: bytes) -> tuple[int, int]:
+    """Checks the start of a JPEG, and the whole of a PNG; returns height and width in pixels.
+
+    Raises:
+        ValueError: it is neither, or states a size that `decode` rejects.
+    """
+    if encoded[:2] != b'\xff\xd8':
+        height, width, _ = decode(encoded).shape
+        return height, width
+    height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(f'its size is {width}×{height}, not 1 to {MAX_PIXELS:,} pixels')
+    return height, width
