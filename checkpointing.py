@@ -8,10 +8,14 @@ it, so a run continues on any number of devices and processes.
 """
 
 import concurrent.futures
+import dataclasses
 import itertools
+import json
 import logging
+import os
+import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +23,20 @@ import flax.serialization
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
+from line_file import SaveError
 from train_lib import LossScale, TrainState
+
+# What fails is raised, too; their tracebacks would only bury the line that is printed for it.
+for _name in ('absl', 'asyncio'):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 KEPT = 2  # The newest, and the one before it in case the newest is damaged.
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read; the text says which and what to do."""
-
-
-class SaveError(RuntimeError):
-    """What was to be kept could not be saved; the text says what is kept instead."""
 
 
 def to_tree(state: TrainState) -> dict[str, Any]:
@@ -78,23 +84,44 @@ def from_tree(tree: Mapping[str, Any], template: TrainState) -> TrainState:
     )
 
 
-def initial_weights(path: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
+def read_weights(path: Path) -> dict[str, Any]:
     """Weights and running statistics of a checkpoint, to start another run from.
 
     Args:
       path: a checkpoint, WORKDIR/checkpoints/STEP.
-      ours: the run's own initial variables, host arrays.
-
-    Returns:
-      The checkpoint's variables; where its number of classes is another, with our own initial head.
 
     Raises:
-      CheckpointError: when it is no checkpoint of this model.
+      CheckpointError: when it cannot be read, or holds values that are not finite.
     """
     try:
-        theirs = read(path)[0]['variables']
+        weights = read(path)[0]['variables']
     except CheckpointError as error:
         raise CheckpointError(f'init_from={path}: {error}') from error
+    wild = [name for name, array in _flat(weights) if not np.isfinite(array).all()]
+    if wild:
+        raise CheckpointError(
+            f'init_from={path}: values of {len(wild)} arrays are not finite (NaN or infinity): '
+            f'{", ".join(wild[:3])}{", …" * (len(wild) > 3)}'
+        )
+    return weights
+
+
+def with_weights(
+    path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The weights of another run in the place of our own.
+
+    Args:
+      path: where they are from.
+      theirs: from `read_weights`.
+      ours: the run's own initial variables, arrays or their shapes.
+
+    Returns:
+      Theirs; where their number of classes is another, with our own initial head.
+
+    Raises:
+      CheckpointError: when they are of another model.
+    """
     a, b = _described(ours), _described(theirs)
     differ = sorted(name for name in a | b if a.get(name) != b.get(name))
     if [name for name in differ if not name.startswith('params/fc/')]:
@@ -103,8 +130,13 @@ def initial_weights(path: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
             f'first is {differ[0]}'
         )
     if differ:
-        theirs = theirs | {'params': theirs['params'] | {'fc': ours['params']['fc']}}
+        theirs = {**theirs, 'params': {**theirs['params'], 'fc': ours['params']['fc']}}
     return theirs
+
+
+def initial_weights(path: Path, ours: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`read_weights` and `with_weights` in one."""
+    return with_weights(path, read_weights(path), ours)
 
 
 def _flat(tree: Any) -> list[tuple[str, Any]]:
@@ -126,17 +158,74 @@ def checksum(tree: Any) -> int:
     return total
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What `find` found: the newest whole checkpoint's tree, None if there is no checkpoint.
+
+    `damaged` are newer ones that cannot be read, with the reason.
+    """
+
+    tree: dict[str, Any] | None
+    damaged: Sequence[tuple[Path, str]] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the run has done."""
+        return 0 if self.tree is None else int(self.tree['step'])
+
+
+def find(directory: Path, template: TrainState) -> Found:
+    """Reads the newest checkpoint in a run's directory that is whole; writes nothing.
+
+    Raises:
+      CheckpointError: when there are checkpoints and none can be read, or one that is of another
+        model than `template`.
+    """
+    directory, damaged = directory.resolve(), []
+    paths = directory.iterdir() if directory.is_dir() else ()
+    for step in sorted((int(p.name) for p in paths if _is_step(p)), reverse=True):
+        path = directory / str(step)
+        try:
+            tree, _ = read(path)
+        except CheckpointError as error:
+            damaged.append((path, str(error)))
+            continue
+        check(tree, template)
+        return Found(tree, damaged)
+    if damaged:
+        raise CheckpointError(
+            f'none of the checkpoints in {directory} can be read ({damaged[0][0].name}: '
+            f'{damaged[0][1]}); start again in a new work directory'
+        )
+    return Found(None)
+
+
+def _is_step(path: Path) -> bool:
+    return path.name.isascii() and path.name.isdecimal() and path.name == str(int(path.name))
+
+
 class Checkpoints:
     """A run's checkpoints in `directory`; made by process 0 alone.
 
-    `report` receives a sentence for every fault that does not end the run: a damaged checkpoint, a
-    save that failed.
+    Args:
+      directory: is made if it is missing.
+      report: receives a sentence for every error that does not end the run: a damaged checkpoint,
+        a save that failed.
+      damaged: checkpoints to put aside, as found by `find`: the run comes by these steps again.
     """
 
-    def __init__(self, directory: Path, report: Callable[[str], None]):
-        logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax tells of every step it takes.
+    def __init__(
+        self,
+        directory: Path,
+        report: Callable[[str], None],
+        damaged: Sequence[tuple[Path, str]] = (),
+    ):
         self._directory, self._report = directory.resolve(), report
         self._directory.mkdir(parents=True, exist_ok=True)
+        for path, reason in damaged:
+            aside = _free(path.with_name(f'damaged-{path.name}'))
+            path.rename(aside)
+            self._report(f'checkpoint {path} is damaged, and now called {aside.name}: {reason}')
         self._manager = self._open()
         # Orbax has threads too, but starts them only after half a second's work on a ResNet-50.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
@@ -170,6 +259,7 @@ class Checkpoints:
         self._saving = self._thread.submit(self._write, step, tree, record)
 
     def _write(self, step: int, tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        _reserve(self._directory, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -194,37 +284,9 @@ class Checkpoints:
             self._manager.close()
         except Exception:
             logging.getLogger(__name__).debug('the failed save was reported already')
+        if not self._directory.is_dir():
+            raise SaveError(f'{self._directory} is gone: it was deleted while the run was using it')
         self._manager = self._open()  # Removes what the failed save left behind.
-
-    def restore(self, template: TrainState) -> dict[str, Any] | None:
-        """The tree of the newest checkpoint that is whole; None if there is none.
-
-        Raises:
-          CheckpointError: when there are checkpoints and none can be read, or one that is of
-            another model than `template`.
-        """
-        damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            path = self._directory / str(step)
-            try:
-                tree, _ = read(path)
-            except Exception as error:
-                self._report(f'checkpoint {path} is damaged: {_first_line(error)}')
-                damaged.append(path)
-                continue
-            check(tree, template)
-            for path in damaged:  # Out of the way of the run, which comes by these steps again.
-                aside = _free(path.with_name(f'damaged-{path.name}'))
-                path.rename(aside)
-                self._report(f'{path} is now {aside.name}; going on from step {step}')
-            self._manager.reload()
-            return tree
-        if damaged:
-            raise CheckpointError(
-                f'none of the checkpoints in {self._directory} can be read; start again in an '
-                'empty work directory'
-            )
-        return None
 
     def close(self) -> bool:
         """Waits for the last save and ends the thread; whether that save landed."""
@@ -232,6 +294,16 @@ class Checkpoints:
         self._manager.close()
         self._thread.shutdown()
         return self._landed
+
+
+def _reserve(directory: Path, size: int) -> None:
+    """Checks that so many bytes can be written.
+
+    TensorStore prints a traceback for every array that a full disk or a quota keeps it from
+    writing; here it is one OSError.
+    """
+    with tempfile.TemporaryFile(dir=directory) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _free(path: Path) -> Path:
@@ -246,17 +318,44 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       CheckpointError: when it is missing, or is not what was written.
     """
-    directory = directory.resolve()  # Orbax takes no relative paths.
-    if not (directory / 'state').is_dir():
-        raise CheckpointError(f'{directory} is no checkpoint: it has no folder "state"')
     try:
+        directory = directory.resolve()  # Orbax takes no relative paths.
+        if not (directory / 'state').is_dir():
+            raise CheckpointError(f'{directory} is no checkpoint: it has no folder "state"')
+        _read_one_by_one(directory / 'state')
         restored = _restore(directory)
+        tree, record = jax.tree.map(np.asarray, restored['state']), restored['record']
+        whole = checksum(tree) == record['checksum']
+    except CheckpointError:
+        raise
     except Exception as error:  # Orbax, TensorStore and JSON have many for a damaged file.
         raise CheckpointError(f'it cannot be read: {_first_line(error)}') from error
-    tree, record = jax.tree.map(np.asarray, restored['state']), restored['record']
-    if checksum(tree) != record['checksum']:
+    if not whole:
         raise CheckpointError('its checksum is not the one that was written')
     return tree, record
+
+
+def _read_one_by_one(directory: Path) -> None:
+    """Reads every array of a checkpoint's state once, and raises what keeps one from being read.
+
+    Orbax reads them all at once, and for every one that is still on its way when another fails,
+    TensorStore prints a traceback.
+    """
+    named = json.loads((directory / '_METADATA').read_text())['tree_metadata'].values()
+    missing = {
+        '.'.join(part['key'] for part in entry['key_metadata'])
+        for entry in named
+        if not entry['value_metadata']['skip_deserialize']  # An empty subtree.
+    }
+    store = {'driver': 'ocdbt', 'base': f'file://{directory}/'}
+    for key in tensorstore.KvStore.open(store).result().list().result():
+        name, _, file = key.decode().rpartition('/')
+        if file == '.zarray':
+            array = {'driver': 'zarr', 'kvstore': store, 'path': f'{name}/'}
+            tensorstore.open(array).result().read().result()
+            missing.discard(name)
+    if missing:
+        raise CheckpointError(f'it has no array {min(missing)}')
 
 
 def _restore(directory: Path) -> Mapping[str, Any]:

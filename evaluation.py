@@ -29,7 +29,8 @@ def evaluate(config: Mapping[str, Any], dataset: Dataset) -> dict[str, float]:
 
     Raises:
       ConfigError: when `init_from` names no checkpoint.
-      CheckpointError: when it is damaged, or of another model or number of classes.
+      CheckpointError: when it is damaged, of another model or number of classes, or diverged: an
+        array or the loss is not finite.
     """
     if config['init_from'] is None:
         raise hyperparameters.ConfigError(
@@ -53,10 +54,16 @@ def evaluate(config: Mapping[str, Any], dataset: Dataset) -> dict[str, float]:
         sums = sums_of(variables, jax.tree.map(lambda x: place(sharded, x), batch))
         for name, value in jax.device_get(sums).items():
             totals[name] += value.item()
-    return task.quality(totals) | {'examples': totals['examples']}
+    quality = task.quality(totals)
+    wild = [f'{name} = {value}' for name, value in quality.items() if not np.isfinite(value)]
+    if wild:
+        raise checkpointing.CheckpointError(
+            f'init_from={config["init_from"]} has diverged: {", ".join(wild)} is not finite'
+        )
+    return quality | {'examples': totals['examples']}
 
 
-def _weights(path: Path, ours: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+def _weights(path: Path, ours: Mapping[str, Any], dataset: Dataset) -> Mapping[str, Any]:
     """The checkpoint's variables, all of them."""
     theirs = checkpointing.initial_weights(path, ours)
     if theirs['params']['fc'] is ours['params']['fc']:

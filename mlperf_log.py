@@ -4,24 +4,34 @@
 Process 0 appends `:::MLLOG` lines through mlperf-logging. An event that the log already holds (same
 key and metadata) is not written again, so that a run which resumes from a checkpoint, and passes
 the same points once more, leaves one valid log. Other processes hold a log without a file.
+
+A run writes its events in one order that its configuration decides. So a log that has lost lines,
+or belongs to another run, is known before anything is added to it (`EventLog.check`).
 """
 
+import datetime
+import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlperf_logging.mllog import constants, mllog
 
 import hyperparameters
+from line_file import LineFile, SaveError
 from plan import Evaluation, Plan
 
 BENCHMARK = constants.RESNET
 _ROOT = Path(__file__).resolve().parent
 _PLACE = ('file', 'lineno')  # Metadata that does not tell events apart.
+# Values that may differ between the starts of one run: it may resume on other devices.
+_OF_A_START = (constants.CACHE_CLEAR, constants.GRADIENT_ACCUMULATION_STEPS)
+_REMEDY = 'put back the whole log of this run, or start in a new work directory (--workdir)'
 
 
 def _identity(event_type: str, key: str, metadata: Mapping[str, Any]) -> str:
@@ -31,7 +41,7 @@ def _identity(event_type: str, key: str, metadata: Mapping[str, Any]) -> str:
 
 
 class LogError(ValueError):
-    """A log with a line that is no event; the text names the line."""
+    """A log that this run cannot have written, or cannot add to; the text says what to do."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -52,9 +62,10 @@ def read(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             event = json.loads(line.partition(' ')[2])
-            _ = event['time_ms'], event['event_type'], event['key'], event['value']
-            _ = event['metadata'].items()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _ = event['event_type'], event['value'], event['metadata'].items()
+            if not (0 <= event['time_ms'] < 10**14 and isinstance(event['key'], str)):
+                raise ValueError('no time or key')
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LogError(
                 f'line {number} of {path} is damaged: {line.strip()[:200]}; start again in an '
                 'empty work directory'
@@ -63,45 +74,135 @@ def read(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-class EventLog:
-    """The log at `path`, or nowhere (None)."""
+def _steady_clock() -> Callable[[], int]:
+    """Milliseconds since the epoch, by the system's clock now and by its steady one from here on.
 
-    def __init__(self, path: Path | None):
+    Somebody may set the system's clock while a run is timed.
+    """
+    offset = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    return lambda: (offset + time.clock_gettime_ns(time.CLOCK_BOOTTIME)) // 1_000_000
+
+
+class _Append(logging.Handler):
+    """Hands mlperf-logging's lines to a file; unlike logging's own handlers it hides no error."""
+
+    def __init__(self, file: LineFile):
+        super().__init__()
+        self._file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._file.write(self.format(record))
+
+
+class EventLog:
+    """The log at `path`, or nowhere (None). Nothing is written before the first event.
+
+    Args:
+      path: where it is, or will be.
+      now_ms: milliseconds since the epoch.
+
+    Raises:
+      LogError: when the log that is there cannot be read.
+    """
+
+    def __init__(self, path: Path | None, now_ms: Callable[[], int] | None = None):
+        self._path, self._now_ms = path, now_ms or _steady_clock()
         self._events: dict[str, dict[str, Any]] = {}
-        self._logger = None
-        if path is None:
+        self._read: list[dict[str, Any]] = []
+        self._file: LineFile | None = None
+        self._logger: mllog.MLLogger | None = None
+        if path is None or not path.exists():
             return
-        if path.exists():
-            there = path.read_bytes()
-            if not there.endswith(b'\n'):  # A killed process may leave half a line.
-                os.truncate(path, there.rfind(b'\n') + 1)
-            for event in read(path):
-                self._remember(event['event_type'], event['key'], event['metadata'], event)
-        logger = logging.Logger(str(path))
-        logger.addHandler(logging.FileHandler(path, delay=True))  # No file before the first event.
+        try:
+            self._read = read(path)
+        except OSError as error:
+            raise LogError(f'{path} cannot be read ({error.strerror}); {_REMEDY}') from error
+        for event in self._read:
+            self._remember(event['event_type'], event['key'], event['metadata'], event)
+
+    def _open(self) -> mllog.MLLogger:
+        assert self._path is not None
+        there = self._path.read_bytes() if self._path.exists() else b''
+        # A killed process may have left half a line.
+        self._file = LineFile(self._path, size=there.rfind(b'\n') + 1)
+        logger = logging.Logger(str(self._path))
+        logger.addHandler(_Append(self._file))
         # The place in the log is that of the caller of this class's methods.
-        self._logger = mllog.MLLogger(
-            logger, default_stack_offset=3, root_dir=re.escape(str(_ROOT))
-        )
+        return mllog.MLLogger(logger, default_stack_offset=3, root_dir=re.escape(str(_ROOT)))
 
     def _remember(self, event_type, key, metadata, event) -> None:
         self._events[_identity(event_type, key, metadata)] = event
 
     def _write(self, event_type: str, key: str, value: Any, metadata: dict[str, Any]) -> Any:
-        if self._logger is None:
-            return value
         before = self._events.get(_identity(event_type, key, metadata))
         if before:
             return before['value']
+        event = {'event_type': event_type, 'key': key, 'value': value, 'metadata': metadata}
+        self._remember(event_type, key, metadata, event)
+        if self._path is None:
+            return value
+        self._logger = self._logger or self._open()
         write = {
             constants.INTERVAL_START: self._logger.start,
             constants.INTERVAL_END: self._logger.end,
             constants.POINT_IN_TIME: self._logger.event,
         }[event_type]
-        write(key, value, metadata=metadata)
-        event = {'key': key, 'value': value, 'metadata': metadata}
-        self._remember(event_type, key, metadata, event)
+        write(key, value, metadata=metadata, time_ms=self._now_ms())
         return value
+
+    def check(self, config: Mapping[str, Any], plan: Plan, step: int) -> None:
+        """Checks that the log is this run's and whole, before anything is added to it.
+
+        Args:
+          config, plan: the run's.
+          step: of the checkpoint that it resumes from, 0 without one. The log must hold every event
+            up to it, and may hold later ones, which the run then passes once more.
+
+        Raises:
+          LogError: when a line is missing, was added or changed, or lies in the future.
+        """
+        if self._path is None:
+            return
+        results = [e['value'] for e in self._read if e['key'] == constants.EVAL_ACCURACY]
+        if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in results):
+            raise LogError(f'an eval_accuracy of {self._path} is no accuracy; {_REMEDY}')
+        expected, due = _script(config, plan, results)
+        for number, event in enumerate(self._read, start=1):
+            ours = expected[number - 1] if number <= len(expected) else None
+            if ours is None or not _is_same(event, ours):
+                raise LogError(
+                    f'event {number} of {self._path} is {_described(event)}, where this run writes '
+                    f'{_described(ours) if ours else "nothing more"}: lines were lost, changed or '
+                    f'added, or it is the log of another run; {_REMEDY}'
+                )
+        needed = sum(at <= step for at in due)
+        if len(self._read) < needed:
+            state = f'ends after {len(self._read)} events' if self._read else 'is missing or empty'
+            raise LogError(
+                f'{self._path} {state}, but there is a checkpoint of step {step}, before which the '
+                f'run has written {needed}, the next one {_described(expected[len(self._read)])}; '
+                f'{_REMEDY}'
+            )
+        lines = self._path.read_bytes().count(b'\n') if self._path.exists() else 0
+        if lines != len(self._read):
+            raise LogError(
+                f'{self._path} has {lines - len(self._read)} lines that are no events; {_REMEDY}'
+            )
+        times = [event['time_ms'] for event in self._read]
+        if times != sorted(times):
+            raise LogError(f'the times in {self._path} run backwards; {_REMEDY}')
+        now = self._now_ms()
+        if times and now < times[-1] and self.status is None:
+            raise LogError(
+                f'the last event of {self._path} is of {_utc(times[-1])}, and now it is '
+                f'{_utc(now)}: the clock was set back, and the time of the run would be wrong; set '
+                'the clock right, or start in a new work directory (--workdir)'
+            )
+
+    def sync(self) -> None:
+        """Returns when all events are on the disk: no checkpoint must outlive those before it."""
+        if self._file:
+            self._file.sync()
 
     def event(self, key: str, value: Any, **metadata: Any) -> Any:
         """Something that happened, or a fact about the run; returns the value in the log."""
@@ -167,8 +268,24 @@ class EventLog:
         return logged
 
     def run_stop(self, reached: bool) -> None:
-        """The run has ended, at its target or without."""
+        """The run has ended, at its target or without.
+
+        Raises:
+          SaveError: when the file does not hold what was written to it.
+        """
         self.stop(constants.RUN_STOP, status=constants.SUCCESS if reached else constants.ABORTED)
+        if self._path is None:
+            return
+        try:
+            there = read(self._path)
+        except (OSError, LogError) as error:
+            raise SaveError(f'the log of this run is lost: {error}') from error
+        written = list(self._events.values())
+        if len(there) != len(written) or not all(map(_is_same, there, written)):
+            raise SaveError(
+                f'{self._path} does not hold what this run has written to it; start in a new work '
+                'directory (--workdir)'
+            )
 
 
 def _drop_page_cache() -> bool:
@@ -185,3 +302,65 @@ def _block(evaluation: Evaluation) -> dict[str, int]:
         'first_epoch_num': evaluation.first_epoch,
         'epoch_count': evaluation.epoch - evaluation.first_epoch + 1,
     }
+
+
+def _script(
+    config: Mapping[str, Any], plan: Plan, accuracies: Sequence[float]
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """What a run with these results writes, if its next ones miss the target, in order.
+
+    Returns:
+      The events, and for each the first step whose checkpoint is made after it.
+    """
+    log = EventLog(None)
+    due: list[int] = []
+
+    def due_at(step: int) -> None:
+        due.extend([step] * (len(log._events) - len(due)))
+
+    log.cache_clear(drop=False)
+    log.init_start()
+    log.header(config, plan)
+    log.init_stop()
+    log.run_start()
+    due_at(1)
+    results = itertools.chain(accuracies, itertools.repeat(0.0))
+    reached, before = False, 0
+    for evaluation, top1 in zip(plan.evaluations, results, strict=False):
+        log.block_start(evaluation)
+        due_at(before + 1)
+        log.block_stop(evaluation)
+        due_at(evaluation.step)
+        log.eval_start(evaluation)
+        log.eval_stop(evaluation, top1)
+        due_at(evaluation.step + 1)
+        before, reached = evaluation.step, top1 >= config['target_top1']
+        if reached:
+            break
+    log.run_stop(reached)
+    due_at(before + 1)
+    return list(log._events.values()), due
+
+
+def _facts(event: Mapping[str, Any]) -> dict[str, Any]:
+    """An event's metadata without its place in the code."""
+    return {name: value for name, value in event['metadata'].items() if name not in _PLACE}
+
+
+def _is_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two events say the same, at whatever time."""
+    value_counts = a['key'] not in _OF_A_START
+    return ((a['event_type'], a['key'], _facts(a)) == (b['event_type'], b['key'], _facts(b))) and (
+        not value_counts or a['value'] == b['value']
+    )
+
+
+def _described(event: Mapping[str, Any]) -> str:
+    value = [] if event['value'] is None else [f'= {event["value"]!r}']
+    facts = [f'({name} {value})' for name, value in _facts(event).items()]
+    return ' '.join([event['key'], *value, *facts])[:200]
+
+
+def _utc(time_ms: int) -> str:
+    seconds = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.UTC)
+    return f'{seconds:%Y-%m-%d %H:%M:%S} UTC'

@@ -2,6 +2,7 @@
 """A trace of some steps of a run, for TensorBoard's XProf and for Perfetto."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ class Trace:
     Args:
       folder: WORKDIR/profile; the files lie in plugins/profile/TIME below it.
       steps: (start, stop), or None for no trace.
+
+    Attributes:
+      report: receives what people should know.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self._folder, self._running = folder, False
+        self.report: Callable[[str], None] = print
         self._steps = range(*(steps or (0, 0)))
 
     def at(self, step: int, state: Any) -> None:
@@ -31,8 +36,8 @@ class Trace:
             jax.profiler.start_trace(self._folder)
             self._running = True
         elif self._steps and step >= self._steps.stop and not self._folder.exists():
-            print(
-                f'no trace is written: the run goes on from step {step}, after those to be traced'
+            self.report(
+                f'no trace is written: the run resumes from step {step}, after those to be traced'
             )
             self._steps = range(0)
 
@@ -50,4 +55,4 @@ class Trace:
         try:
             jax.profiler.stop_trace()
         except (RuntimeError, OSError) as error:
-            print(f'the trace could not be written to {self._folder}: {error}')
+            self.report(f'the trace could not be written to {self._folder}: {error}')

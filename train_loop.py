@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run, from its configuration to its last log line.
 
-    init_start → compile, initialise or restore → init_stop, run_start → train and evaluate in
-    turns → run_stop
+    judge what is there → init_start → compile, initialise → init_stop, run_start → train and
+    evaluate in turns → run_stop
+
+Whatever can be rejected is rejected before anything is written.
 
 The device is never made to wait for Python: the next step is dispatched before the last one's
 metrics are read, and batches are on their way to the device while it computes.
@@ -19,20 +21,24 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
+import banner
 import checkpointing
 import distributed
 import optimizers
+import start
 import train_lib
 import work_directory
 from device_feed import Clock, on_devices
 from distributed import StopRequest
 from image_classification import ImageClassification
 from input_pipeline import Dataset, Pipeline
+from line_file import SaveError
 from mlperf_log import EventLog
 from plan import Evaluation, Plan, make_plan
 from profiling import Trace
 from progress import Progress
 from train_lib import TrainState
+from watchdog import Watchdog
 
 
 class Outcome(enum.Enum):
@@ -44,7 +50,13 @@ class Outcome(enum.Enum):
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not finite; the weights were left as they were."""
+    """A loss or a gradient is not finite: training has diverged."""
+
+
+_DIVERGED = (
+    'Training has diverged, maybe some steps before; the same command would come to the same step. '
+    'Start in a new work directory, with a lower learning_rate, a longer warm-up or another seed'
+)
 
 
 class Run:
@@ -59,54 +71,54 @@ class Run:
         log: EventLog,
         stop: StopRequest,
         trace: Trace,
+        begin: start.Start = start.NOTHING,
     ):
         self.config, self.plan, self.log, self.stop = config, plan, log, stop
         self.trace = trace
-        lead = distributed.is_lead()
         mesh = train_lib.make_mesh()
         self.task = ImageClassification(config, dataset.num_classes)
+        optimizer = optimizers.create(config, plan)
+        template = start.template(self.task, optimizer)
+        self.progress = distributed.lead_does(
+            lambda: Progress(workdir, plan, begin.found.step)
+        ) or Progress(None, plan, 0)
+        trace.report = self.progress.say
+        self.checkpoints = distributed.lead_does(
+            lambda: checkpointing.Checkpoints(
+                workdir / 'checkpoints', self.progress.say, begin.found.damaged
+            )
+        )
+        for line in banner.lines(
+            config, plan, dataset, template.variables, workdir, begin.found.step
+        ):
+            self.progress.say(line)
         schedule = optimizers.learning_rate_schedule(config, plan)
         self.rates = np.asarray(jax.jit(schedule)(np.arange(plan.total_steps)))
-        optimizer = optimizers.create(config, plan)
-        self.programs = train_lib.compile_steps(self.task, optimizer, plan.micro_batch, mesh)
+        self.programs = self._compile(optimizer, mesh)
         share = distributed.share_of(mesh, plan.micro_batch)
         self.pipeline = Pipeline(dataset, config, config['seed'], share)
-        self.checkpoints = distributed.lead_does(
-            lambda: checkpointing.Checkpoints(workdir / 'checkpoints', report=print)
-        )
-        self.state = self._first_state(optimizer)
+        self.state = self._first_state(optimizer, template, begin)
         self.step = int(jax.device_get(self.state.step))
-        self.progress = Progress(workdir if lead else None, plan, self.step)
+        self.watchdog = Watchdog(config['stall_seconds'])
         self._pending: collections.deque = collections.deque()
         self._laps: list[Mapping[str, float]] = []
         self._clock = Clock()
         self._stopped = False
 
-    def _first_state(self, optimizer: Any) -> TrainState:
-        """The newest checkpoint's state, or the initial one: process 0's, on all devices."""
-        template = jax.eval_shape(
-            lambda key: train_lib.create_train_state(key, self.task, optimizer),
-            train_lib.init_key(self.config['seed']),
-        )
+    def _compile(self, optimizer: Any, mesh: Any) -> train_lib.Programs:
+        before = time.monotonic()
+        self.progress.say('compiling …')
+        programs = train_lib.compile_steps(self.task, optimizer, self.plan.micro_batch, mesh)
+        self.progress.say(f'compiled in {time.monotonic() - before:.1f} s')
+        return programs
 
-        def first() -> dict[str, Any]:
-            found = self.checkpoints.restore(template)
-            return self._initial_tree(optimizer) if found is None else found
-
-        tree = distributed.lead_does(first)
+    def _first_state(self, optimizer: Any, template: TrainState, begin: start.Start) -> TrainState:
+        """Process 0's state to start from, on all devices."""
+        tree = distributed.lead_does(lambda: begin.tree(self.config, self.task, optimizer))
         if tree is None:
             shapes = checkpointing.to_tree(template)
             tree = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
         return self.programs.to_all(checkpointing.from_tree(distributed.from_lead(tree), template))
-
-    def _initial_tree(self, optimizer: Any) -> dict[str, Any]:
-        """The state at step 0, drawn from the seed or with the weights of `init_from`."""
-        state = train_lib.initial_state(self.config['seed'], self.task, optimizer)
-        tree = checkpointing.to_tree(state)
-        if self.config['init_from'] is not None:
-            path = Path(self.config['init_from'])
-            tree['variables'] = checkpointing.initial_weights(path, tree['variables'])
-        return tree
 
     def train_block(self, last_step: int) -> None:
         """Trains up to a step, or until the run is asked to stop."""
@@ -144,11 +156,10 @@ class Run:
         means = {name: float(np.mean([m[name] for m in micro])) for name in micro[0]}
         if means['finite'] < 1:
             raise NonFiniteError(
-                f'the loss ({means["loss"]}) or its gradient is not finite at step {step}; the '
-                'weights were not moved, and the last checkpoint is good. The same command would '
-                'come to the same step: start in a new work directory, with a lower '
-                'learning_rate, a longer warm-up or another seed'
+                f'the loss ({means["loss"]}) or its gradient is not finite at step {step}; that '
+                f'step moved no weight. {_DIVERGED}'
             )
+        self.watchdog.beat(f'step {step}')
         self._stopped = self._stopped or means['stop'] > 0
         self._laps.append(means)
         if step % self.config['log_every_steps'] == 0:
@@ -177,7 +188,9 @@ class Run:
             tree = jax.device_get(checkpointing.to_tree(self.state))
             if jax.default_backend() == 'cpu':  # It is the memory that the next step overwrites.
                 tree = jax.tree.map(np.array, tree)
+            self.log.sync()  # A checkpoint never outlives what was logged before it.
             self.checkpoints.save(tree, {'step': self.step, 'config': dict(self.config)})
+        self.watchdog.beat(f'the checkpoint of step {self.step}')
         return time.monotonic() - before
 
     def evaluate(self) -> dict[str, float] | None:
@@ -190,6 +203,7 @@ class Run:
             self._stopped = self._stopped or stop > 0
             for name, value in sums.items():
                 totals[name] += value.item()
+            self.watchdog.beat(f'a batch of the evaluation at step {self.step}')
 
         for batch in on_devices(self.pipeline.evaluation(), self.programs, Clock()):
             flags = self.stop.flags(self.programs)
@@ -211,6 +225,11 @@ class Run:
         result = self.evaluate()
         if result is None:
             return None
+        if not np.isfinite(result['eval_loss']):
+            raise NonFiniteError(
+                f'the loss ({result["eval_loss"]}) of the evaluation at step {self.step} is not '
+                f'finite. {_DIVERGED}'
+            )
         # If a run was killed here, the log holds what it had found, and that counts.
         result['eval_top1'] = self.log.eval_stop(evaluation, result['eval_top1'])
         result |= {'eval_seconds': time.monotonic() - before, 'checkpoint_seconds': saving}
@@ -239,20 +258,23 @@ class Run:
     def to_the_end(self) -> Outcome:
         """Trains and evaluates in turns until the target, the last epoch or a request to stop."""
         self._clock.lap()
+        self.progress.begin()
+        self.watchdog.start()
         saved = True
         try:
             outcome = self._blocks()
         finally:  # Whatever ended it, a checkpoint that is being written is still finished.
             if self.checkpoints:
                 saved = self.checkpoints.close()
-            self.progress.close()
             self.trace.end(self.state)
+            self.progress.close()
+            self.watchdog.stop()
         if outcome is not Outcome.INTERRUPTED:
             self.log.run_stop(outcome is Outcome.REACHED)
         elif not saved:
-            raise checkpointing.SaveError(
+            raise SaveError(
                 f'the run was interrupted after step {self.step}, which could not be saved; the '
-                'same command goes on from the checkpoint before it'
+                'same command resumes from the checkpoint before it'
             )
         return outcome
 
@@ -263,7 +285,7 @@ def train_and_evaluate(
     workdir: Path,
     profile: tuple[int, int] | None = None,
 ) -> Outcome:
-    """Runs a configuration to its end, or goes on with what the work directory holds.
+    """Runs a configuration to its end, or resumes what the work directory holds.
 
     Args:
       config: resolved; without a seed, one is drawn from the system's entropy.
@@ -272,8 +294,8 @@ def train_and_evaluate(
       profile: optimizer steps [start, stop) to trace (see profiling.Trace).
 
     Raises:
-      ConfigError, WorkDirectoryError, CheckpointError: before the clock starts.
-      DataError, NonFiniteError: later; the last checkpoint is kept.
+      ConfigError, WorkDirectoryError, CheckpointError, LogError: before anything is written.
+      DataError, NonFiniteError, SaveError: later; the last checkpoint is kept.
     """
     plan = make_plan(
         config,
@@ -281,14 +303,16 @@ def train_and_evaluate(
         num_eval=dataset.num_eval,
         num_devices=jax.device_count(),
     )
-    recorded = distributed.lead_does(lambda: work_directory.open_for(config, workdir))
+    recorded = distributed.lead_does(lambda: work_directory.open_for(config, dataset, workdir))
     seed = distributed.seed_from_lead(config['seed'] if recorded is None else recorded)
     config = FrozenConfigDict(dict(config) | {'seed': seed})
     log = distributed.lead_does(lambda: EventLog(workdir / 'mlperf.log')) or EventLog(None)
+    distributed.lead_does(lambda: log.check(config, plan, 0))
     ended = [None, 'success', 'aborted']
     status = ended[int(distributed.from_lead(np.int32(ended.index(log.status))))]
     if status:
         return Outcome.REACHED if status == 'success' else Outcome.MISSED
+    begin = distributed.lead_does(lambda: start.read(config, plan, dataset, workdir, log))
     distributed.lead_does(lambda: work_directory.record(config, dataset, workdir))
 
     log.cache_clear(config['drop_page_cache'])
@@ -296,7 +320,8 @@ def train_and_evaluate(
     log.header(config, plan)
     stop = StopRequest()
     trace = Trace(workdir / 'profile', profile if distributed.is_lead() else None)
-    run = Run(config, plan, dataset, workdir, log, stop, trace)
+    run = Run(config, plan, dataset, workdir, log, stop, trace, begin or start.NOTHING)
+    del begin  # Its arrays are on the devices now.
     log.init_stop()
     log.run_start()
     stop.listen()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's folder: its configuration, its environment, and the guard that one run owns it.
 
-config.json       the resolved configuration with the seed; `configs/from_json.py` reads it
-environment.json  versions, devices, code and data that the run used
-mlperf.log, metrics.jsonl, tensorboard/, checkpoints/
+config.json       the resolved configuration with the seed; --config=…/config.json repeats the run
+environment.json  versions, machine, devices, code and data that the run used
+mlperf.log, metrics.jsonl, tensorboard/, checkpoints/, profile/
 """
 
 import fcntl
@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,12 @@ from typing import Any
 import jax
 
 import hyperparameters
+import machine
 
-_OWN = ('lock', 'config.part')
+_FILES = ('lock', 'config.json', 'environment.json', 'mlperf.log', 'metrics.jsonl')
+_FOLDERS = ('tensorboard', 'checkpoints', 'profile')
+_ALONE = ('lock', 'config.part')  # What a start that was killed may leave of a new run.
+_REMEDY = 'put it back as it was, or start in a new work directory (--workdir)'
 _VERSIONS_OF = (
     'jax',
     'jaxlib',
@@ -43,18 +48,35 @@ class WorkDirectoryError(RuntimeError):
 def _write(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all."""
     temporary = path.with_suffix('.part')
-    temporary.write_text(json.dumps(value, indent=2) + '\n')
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + '\n')
+        temporary.replace(path)
+    except OSError as error:
+        raise WorkDirectoryError(f'{path} cannot be written ({error.strerror})') from error
 
 
-def open_for(config: Mapping[str, Any], path: Path) -> int | None:
+def _read(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file's names and values."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise WorkDirectoryError(f'{path} cannot be read ({error}); {remedy}') from error
+    if not isinstance(value, dict):
+        raise WorkDirectoryError(f'{path} is damaged: it is no JSON object; {remedy}')
+    return value
+
+
+def open_for(config: Mapping[str, Any], dataset: Any, path: Path) -> int | None:
     """Claims `path` for a run of `config`, new or to be resumed; called by process 0.
+
+    Nothing but the file `lock` is written, and that only where a run is or may begin.
 
     Returns:
       The seed of the run that is to be resumed, if there is one.
 
     Raises:
-      WorkDirectoryError: it is not writable, in use, or holds a run of another configuration.
+      WorkDirectoryError: it is not writable, in use, damaged, or holds a run of another
+        configuration or on other data.
     """
     if '[' in str(path.resolve()):
         raise WorkDirectoryError(
@@ -62,6 +84,7 @@ def open_for(config: Mapping[str, Any], path: Path) -> int | None:
             'cannot be read again; choose another with --workdir'
         )
     try:
+        _check_entries(path)
         path.mkdir(parents=True, exist_ok=True)
         # Held, and released by the system, for as long as the process lives.
         lock = os.open(path / 'lock', os.O_CREAT | os.O_RDWR, 0o644)
@@ -78,50 +101,73 @@ def open_for(config: Mapping[str, Any], path: Path) -> int | None:
         ) from error
     recorded = path / 'config.json'
     if not recorded.exists():
-        strangers = [entry.name for entry in path.iterdir() if entry.name not in _OWN]
-        if strangers:
-            raise WorkDirectoryError(
-                f'the work directory {path} is not empty and holds no run (there is '
-                f'{strangers[0]}); choose another with --workdir'
-            )
         return None
-    try:
-        theirs = json.loads(recorded.read_text())
-    except ValueError as error:
-        raise WorkDirectoryError(f'{recorded} cannot be read ({error})') from error
+    theirs = _read(recorded, _REMEDY)
+    seed = theirs.get('seed')
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise WorkDirectoryError(
+            f'{recorded} is damaged: "seed" is {json.dumps(seed)}, not a whole number in '
+            f'[0, 2^63); {_REMEDY}'
+        )
     ours = dict(config)
     if ours['seed'] is None:
-        ours['seed'] = theirs.get('seed')
+        ours['seed'] = seed
     differences = hyperparameters.differences(ours, theirs)
     if differences:
         raise WorkDirectoryError(
             f'the work directory {path} holds a run of another configuration '
             f'({"; ".join(differences)}); nothing was changed. Choose another with --workdir, or '
-            f'go on with that run: --config=configs/from_json.py:{recorded}'
+            f'resume that run: {shlex.quote(f"--config={recorded}")}'
         )
-    return theirs['seed']
+    _earlier(path / 'environment.json', _data(dataset))
+    return seed
 
 
-def _earlier(path: Path, now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The environments of this run before `now`, oldest first, where they differ.
+def _check_entries(path: Path) -> None:
+    """Checks the kind of every file and folder that a run has, and that there are no others."""
+    if not path.exists():
+        return
+    there = [entry.name for entry in path.iterdir()]
+    strangers = [] if 'config.json' in there else sorted({*there} - {*_ALONE})
+    if strangers:
+        raise WorkDirectoryError(
+            f'the work directory {path} is not empty and holds no run: there is {strangers[0]}, '
+            'and no config.json; choose another with --workdir'
+        )
+    for name in _FILES:
+        if name in there and not (path / name).is_file():
+            raise WorkDirectoryError(f'{path / name} is not a regular file; {_REMEDY}')
+        if name in there and not os.access(path / name, os.R_OK | os.W_OK):
+            raise WorkDirectoryError(f'{path / name} cannot be read and written; change its mode')
+    for name in _FOLDERS:
+        if name in there and not (path / name).is_dir():
+            raise WorkDirectoryError(f'{path / name} is not a folder; {_REMEDY}')
+
+
+def _earlier(path: Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The environments that are recorded of this run, oldest first.
 
     Raises:
-      WorkDirectoryError: the run has been trained on other data.
+      WorkDirectoryError: they cannot be read, or the run has been trained on other data.
     """
     if not path.exists():
         return []
-    try:
-        last = json.loads(path.read_text())
-        earlier = last.pop('earlier', [])
-        theirs, ours = last['dataset']['digest'], now['dataset']['digest']
-    except (ValueError, KeyError, TypeError) as error:
-        raise WorkDirectoryError(f'{path} cannot be read ({error!r}); remove it') from error
+    remedy = 'remove it: it is written again, without what it had of earlier starts'
+    last = _read(path, remedy)
+    earlier, recorded = last.pop('earlier', []), last.get('dataset')
+    if not isinstance(earlier, list) or not isinstance(recorded, dict):
+        raise WorkDirectoryError(f'{path} is damaged: it names no data set; {remedy}')
+    theirs, ours = recorded.get('digest'), data['digest']
     if theirs and ours and theirs != ours:
         raise WorkDirectoryError(
             f'{path.parent} holds a run on other data: their digest is {theirs}, now it is {ours}; '
             'choose another with --workdir, or bring the data back'
         )
-    return earlier if last == now else [*earlier, last]
+    return [*earlier, last]
+
+
+def _data(dataset: Any) -> dict[str, Any]:
+    return {name: getattr(dataset, name) for name in ('name', 'num_train', 'num_eval', 'digest')}
 
 
 def _commit() -> str:
@@ -149,13 +195,9 @@ def record(config: Mapping[str, Any], dataset: Any, path: Path) -> None:
         'device_kind': devices[0].device_kind,
         'processes': jax.process_count(),
         'commit': _commit(),
-        'dataset': {
-            'name': dataset.name,
-            'num_train': dataset.num_train,
-            'num_eval': dataset.num_eval,
-            'digest': dataset.digest,
-        },
+        'machine': machine.describe(),
+        'dataset': _data(dataset),
     }
-    earlier = _earlier(path / 'environment.json', now)
+    earlier = [e for e in _earlier(path / 'environment.json', _data(dataset)) if e != now]
     _write(path / 'config.json', dict(config))
     _write(path / 'environment.json', now | ({'earlier': earlier} if earlier else {}))

@@ -12,9 +12,8 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from mlperf_logging.mllog import mllog
+from ml_collections import FrozenConfigDict
 
 import hyperparameters
 import mlperf_log
@@ -26,10 +25,11 @@ COMMIT = 'c0ffee' * 6 + 'beef'
 _seeds: Iterator[int] = itertools.count(1)
 
 
-def resolve(name: str, **overrides: Any) -> Mapping[str, Any]:
-    """A committed configuration with overrides."""
-    config = importlib.import_module(f'configs.{name}').get_config()
-    return hyperparameters.resolve(config, {key: str(v) for key, v in overrides.items()})
+def resolve(name: str, seed: int | None = None, **overrides: Any) -> Mapping[str, Any]:
+    """A committed configuration with overrides; the seed is added as a run does, when it begins."""
+    base = importlib.import_module(f'configs.{name}').get_config()
+    config = hyperparameters.resolve(base, {key: str(v) for key, v in overrides.items()})
+    return FrozenConfigDict(dict(config) | {'seed': seed})
 
 
 def plan_of(config: Mapping[str, Any]) -> Plan:
@@ -53,8 +53,7 @@ def write_log(path: Path, config: Mapping[str, Any], accuracies: Sequence[float]
     at the last epoch; with fewer accuracies it is left unfinished.
     """
     last = mlperf_log.read(path)[-1]['time_ms'] if path.exists() else 1_800_000_000_000
-    with mock.patch.object(mllog, '_current_time_ms', side_effect=itertools.count(last, 1000)):
-        _write_log(EventLog(path), config, accuracies)
+    _write_log(EventLog(path, itertools.count(last, 1000).__next__), config, accuracies)
 
 
 def _write_log(log: EventLog, config: Mapping[str, Any], accuracies: Sequence[float]) -> None:

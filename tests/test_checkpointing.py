@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints come back bit for bit or not at all, and hold nothing about hardware."""
 
+import errno
+import os
 import shutil
 import threading
 
@@ -13,6 +15,7 @@ import optimizers
 import plan
 import train_lib
 from image_classification import ImageClassification
+from line_file import SaveError
 from tests import harness
 
 
@@ -53,7 +56,11 @@ def with_checkpoints(directory, use):
 
 
 def restored(directory):
-    return with_checkpoints(directory, lambda c: c.restore(template()))
+    """What is found, as a tree; and what is reported when the run then opens the directory."""
+    found = checkpointing.find(directory, template())
+    reports = []
+    checkpointing.Checkpoints(directory, reports.append, found.damaged).close()
+    return found.tree, reports
 
 
 def test_the_newest_comes_back_bit_for_bit(two_saved):
@@ -86,7 +93,7 @@ DAMAGES = {'flipped': flip, 'truncated': truncate, 'deleted': lambda file: file.
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_a_damaged_file_costs_one_checkpoint_and_is_reported(two_saved, tmp_path, damage):
+def test_a_damaged_file_costs_one_checkpoint_and_a_line(two_saved, tmp_path, damage, capfd):
     """Each file of the newest in turn. One that nothing depends on may be damaged unnoticed."""
     files = [f for f in (two_saved / '7').rglob('*') if f.is_file() and f.stat().st_size]
     noticed = 0
@@ -100,9 +107,34 @@ def test_a_damaged_file_costs_one_checkpoint_and_is_reported(two_saved, tmp_path
             continue
         noticed += 1
         assert harness.is_same(tree, tree_at(3)), file
+        assert len(reports) == 1
         assert f'{directory / "7"} is damaged' in reports[0]
         assert (directory / 'damaged-7').is_dir()
     assert noticed
+    assert capfd.readouterr() == ('', '')
+
+
+def test_arrays_that_are_named_and_not_there_cost_a_line(two_saved, tmp_path, capfd):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    metadata = tmp_path / '7' / 'state' / '_METADATA'
+    metadata.write_text(metadata.read_text().replace('"layer1_0"', '"layer9_0"'))
+    tree, reports = restored(tmp_path)
+    assert harness.is_same(tree, tree_at(3))
+    assert 'it has no array' in reports[0]
+    assert capfd.readouterr() == ('', '')
+
+
+def test_looking_for_a_checkpoint_writes_nothing(two_saved, tmp_path):
+    assert checkpointing.find(tmp_path / 'none', template()).step == 0
+    assert not (tmp_path / 'none').exists()
+    shutil.copytree(two_saved, tmp_path / 'some')
+    shutil.rmtree(tmp_path / 'some' / '7' / 'state')
+    (tmp_path / 'some' / '9.orbax-checkpoint-tmp').mkdir()
+    before = sorted(tmp_path.rglob('*'))
+    found = checkpointing.find(tmp_path / 'some', template())
+    assert found.step == 3
+    assert [path.name for path, _ in found.damaged] == ['7']
+    assert sorted(tmp_path.rglob('*')) == before
 
 
 def test_a_half_written_checkpoint_is_not_used(two_saved, tmp_path):
@@ -118,11 +150,8 @@ def test_a_run_goes_on_saving_after_a_damaged_checkpoint(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / '7' / 'state')
 
-    def go_on(checkpoints):
-        checkpoints.restore(template())
-        checkpoints.save(tree_at(7), {'step': 7})
-
-    with_checkpoints(tmp_path, go_on)
+    restored(tmp_path)
+    with_checkpoints(tmp_path, lambda c: c.save(tree_at(7), {'step': 7}))
     tree, reports = restored(tmp_path)
     assert harness.is_same(tree, tree_at(7))
     assert not reports
@@ -153,35 +182,55 @@ def test_a_save_returns_before_anything_is_written(tmp_path, monkeypatch):
     assert not reports
 
 
-def test_closing_says_whether_the_last_save_landed(tmp_path):
+def test_closing_says_whether_the_last_save_landed(tmp_path, monkeypatch, capfd):
     reports = []
     checkpoints = checkpointing.Checkpoints(tmp_path / 'good', reports.append)
     checkpoints.save(tree_at(1), {})
     assert checkpoints.close()
     checkpoints = checkpointing.Checkpoints(tmp_path / 'bad', reports.append)
-    shutil.rmtree(tmp_path / 'bad')
-    (tmp_path / 'bad').write_text('in the way')
+    monkeypatch.setattr(os, 'posix_fallocate', full)
     checkpoints.save(tree_at(1), {})
-    checkpoints.wait()
-    (tmp_path / 'bad').unlink()
-    (tmp_path / 'bad').mkdir()
     assert not checkpoints.close()
-    assert 'could not be saved' in reports[0]
+    assert reports == [f'a checkpoint could not be saved in {tmp_path / "bad"}: [Errno 28] full']
+    assert not list((tmp_path / 'bad').iterdir())
+    assert capfd.readouterr() == ('', '')
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, 'full')
+
+
+def test_a_folder_that_is_gone_ends_the_run(tmp_path):
+    checkpoints = checkpointing.Checkpoints(tmp_path / 'w' / 'checkpoints', print)
+    shutil.rmtree(tmp_path / 'w')
+    checkpoints.save(tree_at(1), {})
+    with pytest.raises(SaveError, match='is gone'):
+        checkpoints.close()
+    assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_start_no_run(tmp_path, value):
+    tree = tree_at(3)
+    tree['variables']['params']['conv1']['kernel'][0, 0, 0, 0] = value
+    checkpointing.write(tmp_path / '3', tree, {})
+    with pytest.raises(checkpointing.CheckpointError, match='1 arrays .* params/conv1/kernel'):
+        checkpointing.read_weights(tmp_path / '3')
 
 
 def test_it_is_an_error_when_none_is_whole(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     for step in ('3', '7'):
         shutil.rmtree(tmp_path / step / 'state')
-    with pytest.raises(checkpointing.CheckpointError, match='start again in an empty'):
-        restored(tmp_path)
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(checkpointing.CheckpointError, match='start again in a new'):
+        checkpointing.find(tmp_path, template())
+    assert sorted(tmp_path.rglob('*')) == before
 
 
 def test_another_models_checkpoint_is_refused(two_saved):
     with pytest.raises(checkpointing.CheckpointError, match='another model or optimizer'):
-        with_checkpoints(
-            two_saved, lambda c: c.restore(template(model='resnet18_cifar', image_size=32))
-        )
+        checkpointing.find(two_saved, template(model='resnet18_cifar', image_size=32))
 
 
 def test_it_does_not_depend_on_devices_and_accumulation():

@@ -4,7 +4,11 @@
 Accuracies are chosen here; everything else in a log is written by the program's own calls.
 """
 
+import dataclasses
+import json
 import re
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,9 @@ import yaml
 from mlperf_logging.compliance_checker import mlp_compliance
 
 import hyperparameters
+import line_file
 import mlperf_log
+from plan import make_plan
 from reporting import convergence, verdicts
 from tests.synthetic_runs import curve, plan_of, resolve, write_log
 
@@ -216,3 +222,170 @@ def test_run_does_not_go_on_with_a_damaged_log(tmp_path, two_logs):
     (tmp_path / 'log').write_text(''.join([*lines[:4], lines[4][9:40] + lines[4], ':::MLLOG {\n']))
     with pytest.raises(mlperf_log.LogError, match='line 6 of .* empty work directory'):
         mlperf_log.EventLog(tmp_path / 'log')
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A run's configuration and plan, and its log: stopped in the third block."""
+    config = resolve('digits', seed=1)
+    write_log(tmp_path / 'log', config, curve(config, 8)[:2])
+    plan = plan_of(config)
+    mlperf_log.EventLog(tmp_path / 'log', lambda: 1_900_000_000_000).block_start(
+        plan.evaluations[2]
+    )
+    return config, plan
+
+
+def check(path, config, plan, step, now=2_000_000_000_000):
+    mlperf_log.EventLog(path, lambda: now).check(config, plan, step)
+
+
+def rejection(path, config, plan, step=20, **how) -> str:
+    """Why a log is rejected; nothing is changed by that."""
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(mlperf_log.LogError) as error:
+        check(path, config, plan, step, **how)
+    assert (path.read_bytes() if path.is_file() else None) == before
+    assert str(path) in str(error.value)
+    assert 'new work directory' in str(error.value)
+    return str(error.value)
+
+
+def test_log_must_hold_what_a_run_up_to_its_checkpoint_has_written(tmp_path, interrupted):
+    """Cut after every line: enough for some checkpoints, and for no later one."""
+    config, plan = interrupted
+    lines = (tmp_path / 'log').read_text().splitlines(keepends=True)
+    first, second, third = (e.step for e in plan.evaluations[:3])
+    steps = [0, 1, first - 1, first, first + 1, second, second + 1, third - 1, third]
+    keys = [event['key'] for event in mlperf_log.read(tmp_path / 'log')]
+    started = keys.index('run_start') + 1
+    needed = [0, *[started + 1] * 2, started + 2, started + 6, started + 7, *[len(keys)] * 2,
+              len(keys) + 1]  # fmt: skip
+    for count in range(len(lines) + 1):
+        for half in ('', lines[min(count, len(lines) - 1)][:30]):
+            (tmp_path / 'cut').write_text(''.join(lines[:count]) + half)
+            for step, least in zip(steps, needed, strict=True):
+                if count >= least:
+                    check(tmp_path / 'cut', config, plan, step)
+                else:
+                    said = rejection(tmp_path / 'cut', config, plan, step)
+                    assert f'a checkpoint of step {step}' in said
+
+
+def test_log_that_is_missing_is_told_where_there_is_a_checkpoint(tmp_path, interrupted):
+    config, plan = interrupted
+    check(tmp_path / 'none', config, plan, step=0)
+    assert 'missing or empty' in rejection(tmp_path / 'none', config, plan)
+    assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize('finished', [False, True])
+def test_log_with_a_line_lost_doubled_or_moved_is_rejected(tmp_path, interrupted, finished):
+    config, plan = interrupted
+    if finished:
+        write_log(tmp_path / 'log', config, curve(config, 8))
+        check(tmp_path / 'log', config, plan, step=0)
+    lines = (tmp_path / 'log').read_text().splitlines(keepends=True)
+    for i in range(len(lines) - 1):
+        before, line, after = lines[:i], lines[i], lines[i + 1 :]
+        for changed in (
+            [*before, *after],
+            [*before, line, line, *after],
+            [*before, after[0], line, *after[1:]],
+            [*before, 'a line\n', line, *after],
+            [*before, line[2:], *after],
+        ):
+            (tmp_path / 'log').write_text(''.join(changed))
+            rejection(tmp_path / 'log', config, plan, step=0)
+
+
+@pytest.mark.parametrize(
+    'overrides', [{'seed': 2}, {'learning_rate': 7.0}, {'org': 'another'}, {'momentum': 0.95}]
+)
+def test_log_of_another_run_is_rejected(tmp_path, interrupted, overrides):
+    config, plan = interrupted
+    said = rejection(tmp_path / 'log', dict(config) | overrides, plan, step=0)
+    assert repr(next(iter(overrides.values()))) in said
+
+
+@pytest.mark.parametrize('value', [None, 'high', -0.1, 1.5, float('nan'), [0.5]])
+def test_log_with_an_accuracy_that_is_none_is_rejected(tmp_path, interrupted, value):
+    config, plan = interrupted
+    text = (tmp_path / 'log').read_text()
+    accuracy = next(e['value'] for e in mlperf_log.read(tmp_path / 'log') if 'accu' in e['key'][:9])
+    (tmp_path / 'log').write_text(text.replace(json.dumps(accuracy), json.dumps(value)))
+    rejection(tmp_path / 'log', config, plan)
+
+
+def test_run_that_resumes_on_other_devices_keeps_its_log(tmp_path, interrupted):
+    config, _ = interrupted
+    several = make_plan(config, num_train=1437, num_eval=360, num_devices=4)
+    check(tmp_path / 'log', dict(config), dataclasses.replace(several, accumulation_steps=7), 20)
+
+
+def test_log_of_the_future_is_rejected_with_both_times(tmp_path, interrupted):
+    config, plan = interrupted
+    said = rejection(tmp_path / 'log', config, plan, now=1_899_999_999_999)
+    assert '2030-03-17 17:46:40 UTC' in said
+    assert '2030-03-17 17:46:39 UTC' in said
+    check(tmp_path / 'log', config, plan, 20, now=1_900_000_000_000)
+
+
+def test_log_whose_times_run_backwards_is_rejected(tmp_path, interrupted):
+    config, plan = interrupted
+    lines = (tmp_path / 'log').read_text().splitlines(keepends=True)
+    lines[3] = re.sub(r'"time_ms": \d+', '"time_ms": 2000000000', lines[3])
+    (tmp_path / 'log').write_text(''.join(lines))
+    assert 'backwards' in rejection(tmp_path / 'log', config, plan)
+
+
+@pytest.mark.parametrize('damage', ['folder', 'binary', 'foreign'])
+def test_what_is_no_log_is_rejected(tmp_path, interrupted, damage):
+    config, plan = interrupted
+    path = tmp_path / 'not_a_log'
+    if damage == 'folder':
+        path.mkdir()
+    else:
+        path.write_bytes(bytes(range(256)) if damage == 'binary' else b'some notes\nof mine\n')
+    with pytest.raises(mlperf_log.LogError, match='not_a_log'):
+        check(path, config, plan, step=0)
+
+
+def test_times_do_not_follow_a_clock_that_is_set(tmp_path, monkeypatch):
+    log = mlperf_log.EventLog(tmp_path / 'log')
+    log.init_start()
+    monkeypatch.setattr(time, 'time_ns', lambda: 0)
+    monkeypatch.setattr(time, 'time', lambda: 0.0)
+    log.init_stop()
+    first, second = (event['time_ms'] for event in mlperf_log.read(tmp_path / 'log'))
+    assert 0 <= second - first < 10_000
+
+
+LOSSES = {
+    'folder deleted': lambda path: shutil.rmtree(path.parent),
+    'deleted': lambda path: path.unlink(),
+    'emptied': lambda path: path.write_text(''),
+    'replaced': lambda path: [path.unlink(), path.write_text('another\n')],
+    'added to': lambda path: path.open('a').write('more\n'),
+}
+
+
+@pytest.mark.parametrize('loss', LOSSES)
+def test_log_that_is_lost_while_it_is_written_ends_the_run(tmp_path, loss):
+    path = tmp_path / 'run' / 'mlperf.log'
+    path.parent.mkdir()
+    log = mlperf_log.EventLog(path)
+    log.init_start()
+    LOSSES[loss](path)
+    with pytest.raises(line_file.SaveError, match='deleted, replaced or changed'):
+        log.init_stop()
+    assert not path.exists() or 'init_stop' not in path.read_text()
+
+
+def test_run_does_not_end_well_if_its_log_has_changed(tmp_path):
+    log = mlperf_log.EventLog(tmp_path / 'log')
+    log.init_start()
+    log.init_stop()
+    (tmp_path / 'log').write_text((tmp_path / 'log').read_text().replace('init_st', 'init-st'))
+    with pytest.raises(line_file.SaveError, match='does not hold what this run has written'):
+        log.run_stop(reached=True)
