@@ -5,11 +5,14 @@
     convert_checkpoint.py from-pytorch IN.safetensors OUT_CHECKPOINT              (or IN.pth)
     convert_checkpoint.py download     URL OUT_CHECKPOINT
 
---input=reference (default): the values are copied as they are, bit for bit; the network takes RGB
-in 0..255 minus the means (123.68, 116.78, 103.94).
---input=torchvision: the PyTorch side takes torchvision's inputs, (RGB / 255 - mean) / std. The
-scale is folded into the first convolution; the difference of the means, up to 0.5 grey levels,
-stays.
+Which input the PyTorch side takes:
+--input=reference: RGB in 0..255 minus the means (123.68, 116.78, 103.94), as here. The values are
+copied as they are, bit for bit.
+--input=torchvision: that of torchvision's published weights, (RGB / 255 - mean) / std. The scale is
+folded into the first convolution; the difference of the means, up to 0.5 grey levels, stays.
+
+to-pytorch writes it into the file (default: reference), and from-pytorch reads it there. For files
+that do not say, from-pytorch needs the flag.
 
 `download` fetches weights whose name ends in the first digits of their SHA-256, as torchvision's
 do, and converts them with --input=torchvision. Exit status: 0, or 2 with the output untouched.
@@ -32,6 +35,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'  # A conversion needs no accelerator, which 
 import numpy as np
 
 import checkpointing
+import hyperparameters
 import pytorch_checkpoint
 from data_preparation import archives
 from image_classification import CHANNEL_MEANS
@@ -43,7 +47,13 @@ from pytorch_checkpoint import (
     CheckpointError,
 )
 
-CONVENTIONS = ('reference', 'torchvision')
+CONVENTIONS = {
+    'reference': 'RGB in 0..255 minus (123.68, 116.78, 103.94), as this program trains',
+    'torchvision': "(RGB / 255 - mean) / std, as torchvision's published weights and most others",
+}
+LARGEST_STEP = 2**31 - 1  # The optimizer counts in int32.
+LARGEST_DOWNLOAD = 1 << 30  # Bytes; ten times a ResNet-50.
+_USED = ('model', 'padding', 'image_size', 'augmentation')  # Of a configuration, here.
 # A torchvision input shifted by this, in grey levels, is one of ours: 255·mean - our mean.
 MEAN_SHIFT = [
     255 * theirs - ours for theirs, ours in zip(TORCHVISION_MEAN, CHANNEL_MEANS, strict=True)
@@ -78,23 +88,21 @@ def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
     """Exports a checkpoint; what was done, in a sentence or two.
 
     Raises:
-      CheckpointError: for padding='same', which no PyTorch model has.
+      CheckpointError: when it is no whole model with finite weights, or has padding='same', which
+        no PyTorch model has.
     """
     try:
         tree, record = checkpointing.read(checkpoint)
     except checkpointing.CheckpointError as error:
         raise CheckpointError(f'{checkpoint}: {error}') from error
-    config = record.get('config')
-    if config and config['padding'] != 'symmetric':
-        raise CheckpointError(
-            f"{checkpoint} was trained with padding={config['padding']!r}; torchvision's models "
-            'pad symmetrically and would compute something else. Train with '
-            "padding='symmetric' to export"
-        )
-    step = int(tree['step'])
-    state = pytorch_checkpoint.to_state_dict(tree['variables'], step)
-    model = pytorch_checkpoint.identify(state)
-    pytorch_checkpoint.from_state_dict(state, model)  # Raises unless it is a whole model.
+    step, config = int(tree['step']), record.get('config')
+    try:
+        check_config(config)
+        state = pytorch_checkpoint.to_state_dict(tree['variables'], step)
+        model = pytorch_checkpoint.identify(state)
+        pytorch_checkpoint.from_state_dict(state, model)  # Raises unless it is a whole model.
+    except CheckpointError as error:
+        raise CheckpointError(f'{checkpoint}: {error}') from error
     if convention == 'torchvision':
         state = pytorch_checkpoint.scale_input(state, TORCHVISION_SCALE)
     metadata = {
@@ -108,36 +116,104 @@ def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
     return f'{out}: {model} after {step} steps.{_note(convention)}'
 
 
+def check_config(config: Any) -> None:
+    """Checks what is used here of a configuration that a checkpoint or a file carries.
+
+    Raises:
+      CheckpointError: when it is neither None nor a mapping with these fields, or has
+        padding='same'.
+    """
+    if config is None:
+        return
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f'its config is {config!r:.100}, which is no object of names')
+    for name in _USED:
+        value, entry = config.get(name), hyperparameters.BY_NAME[name]
+        if type(value) is not entry.type or not entry.rule.holds(value, config):
+            raise CheckpointError(
+                f'its config has {name}={value!r:.100}; it must be {entry.rule.words}'
+            )
+    if config['padding'] != 'symmetric':
+        raise CheckpointError(
+            f"its config has padding={config['padding']!r}; PyTorch's models pad "
+            "symmetrically and would compute something else. Train with padding='symmetric' to "
+            'export'
+        )
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f'{name} is no JSON')
+
+
+def judge_metadata(
+    metadata: Mapping[str, str], model: str, convention: str | None
+) -> tuple[int, Mapping[str, Any] | None, str]:
+    """What a file says of its weights.
+
+    Args:
+      metadata: of the file, all of which may be absent.
+      model: whose weights they are.
+      convention: the input that the user names, if he does.
+
+    Returns:
+      (step, configuration or None, input).
+
+    Raises:
+      CheckpointError: naming the value that is wrong, or contradicts the weights or the user.
+    """
+    step = metadata.get('step', '0')
+    if not re.fullmatch('[0-9]{1,10}', step) or int(step) > LARGEST_STEP:
+        raise CheckpointError(f'its step is {step!r:.100}; it must be 0 to {LARGEST_STEP}')
+    try:
+        config = json.loads(metadata.get('config', 'null'), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f'its config is no JSON: {error}') from error
+    check_config(config)
+    for where, said in (('model', metadata), ('config', config or {})):
+        if said.get('model', model) != model:
+            raise CheckpointError(
+                f'its {where} says {said["model"]!r:.100}, but its weights are those of {model}'
+            )
+    recorded = metadata.get('input', convention)
+    if recorded is None:
+        inputs = '\n  '.join(f'--input={name}: {words}' for name, words in CONVENTIONS.items())
+        raise CheckpointError(
+            f'it does not say which input its weights are made for; add one of\n  {inputs}'
+        )
+    if recorded not in CONVENTIONS:
+        raise CheckpointError(
+            f'its input is {recorded!r:.100}; it must be one of {", ".join(CONVENTIONS)}'
+        )
+    if convention not in (None, recorded):
+        raise CheckpointError(
+            f'its weights are made for input={recorded}, by its metadata, which --input='
+            f'{convention} contradicts; leave that out'
+        )
+    return int(step), config, recorded
+
+
 def from_pytorch(file: Path, out: Path, convention: str | None) -> str:
     """Imports a file; what was done, in a sentence or two.
 
     Raises:
-      CheckpointError: when it is no whole model, or its metadata contradict `convention`.
+      CheckpointError: when it is no whole model, its metadata are wrong or contradict
+        `convention`, or neither says which input it is for.
     """
     if out.exists():
         raise FileExistsError(f'{out} exists; move it away or choose another output')
     state, metadata = pytorch_checkpoint.read(file)
-    recorded = metadata.get('input')
-    if convention and recorded and convention != recorded:
-        raise CheckpointError(
-            f'--input={convention} contradicts the metadata of {file}: input={recorded}'
-        )
-    convention = convention or recorded or 'reference'
     model = pytorch_checkpoint.identify(state)
     try:
-        pytorch_checkpoint.from_state_dict(state, model)
+        variables = pytorch_checkpoint.from_state_dict(state, model)
+        step, config, convention = judge_metadata(metadata, model, convention)
+        if convention == 'torchvision':
+            inverse = tuple(1 / factor for factor in TORCHVISION_SCALE)
+            scaled = pytorch_checkpoint.scale_input(state, inverse)
+            variables = pytorch_checkpoint.from_state_dict(scaled, model)
     except CheckpointError as error:
         raise CheckpointError(f'{file}: {error}') from error
-    if convention == 'torchvision':
-        inverse = tuple(1 / factor for factor in TORCHVISION_SCALE)
-        state = pytorch_checkpoint.scale_input(state, inverse)
-    step = int(metadata.get('step', 0))
-    config = json.loads(metadata.get('config', 'null'))
-    tree = {
-        'variables': pytorch_checkpoint.from_state_dict(state, model),
-        'step': np.int32(step),
-    }
     source = {'file': file.name, 'input': convention}
+    tree = {'variables': variables, 'step': np.int32(step)}
     checkpointing.write(out, tree, {'step': step, 'config': config, 'source': source})
     return f'{out}: {model}, {state["fc.weight"].shape[0]} classes.{_note(convention)}'
 
@@ -155,33 +231,47 @@ def _note(convention: str) -> str:
     )
 
 
+def _published_size(url: str) -> int:
+    # From byte 0, so that servers with and without ranges state the whole size.
+    request = urllib.request.Request(url, headers={'Range': 'bytes=0-'})
+    try:
+        with (
+            archives.network_errors(url),
+            urllib.request.urlopen(request, timeout=archives.TIMEOUT_SECONDS) as response,
+        ):
+            size = response.headers.get('Content-Length', '')
+    except ConnectionError as error:
+        raise CheckpointError(f'{archives.redacted(url)} cannot be fetched: {error}') from error
+    if not re.fullmatch('[0-9]{1,10}', size) or not 0 < int(size) <= LARGEST_DOWNLOAD:
+        raise CheckpointError(
+            f'{archives.redacted(url)} cannot be fetched: the server says Content-Length {size!r}; '
+            f'it must be 1 to {LARGEST_DOWNLOAD} bytes'
+        )
+    return int(size)
+
+
 def download(url: str, out: Path) -> str:
     """Fetches a .pth file next to `out`, checks it by the digits in its name, and converts it.
 
     An interrupted download is continued; the file stays, so that nothing is fetched twice.
 
     Raises:
+      ValueError: when it cannot be fetched, or is larger than LARGEST_DOWNLOAD.
       CheckpointError: when the digits are not those of the file's SHA-256; the file is removed.
     """
     if out.exists():
         raise FileExistsError(f'{out} exists; move it away or choose another output')
+    archives.check_url(url)
     name = url.rsplit('/', 1)[-1]
     digits = re.search(r'-([0-9a-f]{8,64})\.(pth|safetensors)$', name)
     if not digits:
         raise CheckpointError(
-            f'{name} does not end in the first digits of its SHA-256, like resnet50-0676ba61.pth: '
-            'what would be fetched could not be checked'
+            f'{archives.redacted(url)} does not end in the first digits of its SHA-256, like '
+            'resnet50-0676ba61.pth: what would be fetched could not be checked'
         )
     file = out.parent / name
     if not file.exists():
-        # From byte 0, so that servers with and without ranges state the whole size.
-        request = urllib.request.Request(url, headers={'Range': 'bytes=0-'})
-        try:
-            with urllib.request.urlopen(request, timeout=archives.TIMEOUT_SECONDS) as response:
-                size = int(response.headers['Content-Length'])
-        except OSError as error:
-            raise CheckpointError(f'{url} cannot be fetched: {error}') from error
-        archives.download(url, file, size)
+        archives.download(url, file, _published_size(url))
     with file.open('rb') as stream:
         digest = hashlib.file_digest(stream, 'sha256').hexdigest()
     if not digest.startswith(digits[1]):
@@ -207,7 +297,7 @@ def main(arguments: list[str]) -> int:
         subparser.add_argument('source', metavar=source)
         subparser.add_argument('out', metavar=target, type=Path)
         if command != 'download':
-            subparser.add_argument('--input', choices=CONVENTIONS)
+            subparser.add_argument('--input', choices=tuple(CONVENTIONS))
     flags = parser.parse_args(arguments)
     try:
         if flags.command == 'to-pytorch':
