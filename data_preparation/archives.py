@@ -110,14 +110,20 @@ def network_errors(url: str) -> Iterator[None]:
     try:
         yield
     except urllib.error.HTTPError as error:
-        reason = ' '.join(str(error.reason).split())
-        raise ValueError(f'{redacted(url)}: the server says {error.code} {reason}') from error
+        said = f'{error.code} {_one_line(error.reason)}'
+        raise ValueError(f'{redacted(url)}: the server says {said}') from error
     except TimeoutError as error:
         raise ConnectionError(f'no byte in {TIMEOUT_SECONDS} seconds') from error
     except (http.client.HTTPException, OSError) as error:
-        raise ConnectionError(f'{type(error).__name__}: {error}') from error
+        raise ConnectionError(f'{type(error).__name__}: {_one_line(error)}') from error
     except ValueError as error:  # of a host name that cannot be encoded
-        raise ValueError(f'{redacted(url)}: {error}') from error
+        raise ValueError(f'{redacted(url)}: {_one_line(error)}') from error
+
+
+def _one_line(said: object) -> str:
+    """What a server sent, as it can be printed on a terminal."""
+    text = ''.join(letter if letter.isprintable() else ' ' for letter in str(said))
+    return ' '.join(text.split())[:200]
 
 
 def _fetch_rest(url: str, part: Path, size: int, bar: tqdm, user: str, password: str) -> None:
@@ -158,14 +164,14 @@ def _first_byte(url: str, response: http.client.HTTPResponse, have: int, size: i
         if not rest:
             raise ValueError(
                 f'{redacted(url)}: asked for the bytes from {have:,} on, the server sends '
-                f'{announced!r}'
+                f'{announced[:200]!r}'
             )
         first, total = have, rest[1]
     else:  # A server without ranges sends everything from the start.
         first, total = 0, response.headers.get('Content-Length', '*')
     if total.isdecimal() and total.lstrip('0') != str(size):
         raise ValueError(
-            f'{redacted(url)}: the file there has {total} bytes, the published one {size}'
+            f'{redacted(url)}: the file there has {total[:20]} bytes, the published one {size}'
         )
     return first
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Web servers on this machine that misbehave, for the tests of downloads."""
 
+import contextlib
 import http.server
 import socketserver
 import threading
@@ -59,23 +60,26 @@ class RangeServer(_Server):
 
 
 class RawServer(_Server):
-    """Answers every request with the same bytes, whatever they are, and closes.
+    """Answers every request with the same bytes, whatever they are, and then closes or hangs.
 
-    `sent` counts the bytes that the clients took. What was asked is in `requests`.
+    `requests` has what was asked.
     """
 
-    def __init__(self, answer: Iterable[bytes]):
-        self.sent, self.requests = 0, []
-        outer = self
+    def __init__(self, answer: Iterable[bytes], hangs: bool = False):
+        requests = self.requests = []
+        over = self._over = threading.Event()
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self):
-                outer.requests.append(self.request.recv(1 << 16).decode())
-                try:
+                requests.append(self.request.recv(1 << 16).decode())
+                with contextlib.suppress(OSError):  # The client may have had enough.
                     for piece in answer:
                         self.request.sendall(piece)
-                        outer.sent += len(piece)
-                except OSError:  # the client has had enough
-                    pass
+                if hangs:
+                    over.wait(10)
 
         super().__init__(socketserver.ThreadingTCPServer, Handler)
+
+    def __exit__(self, *args):
+        self._over.set()
+        super().__exit__(*args)
