@@ -31,7 +31,7 @@ _ROOT = Path(__file__).resolve().parent
 _PLACE = ('file', 'lineno')  # Metadata that does not tell events apart.
 # Values that may differ between the starts of one run: it may resume on other devices.
 _OF_A_START = (constants.CACHE_CLEAR, constants.GRADIENT_ACCUMULATION_STEPS)
-_REMEDY = 'put back the whole log of this run, or start in a new work directory (--workdir)'
+_REMEDY = 'put the whole log of this run back, or start in a new work directory (--workdir)'
 
 
 def _identity(event_type: str, key: str, metadata: Mapping[str, Any]) -> str:
@@ -180,8 +180,8 @@ class EventLog:
             state = f'ends after {len(self._read)} events' if self._read else 'is missing or empty'
             raise LogError(
                 f'{self._path} {state}, but there is a checkpoint of step {step}, before which the '
-                f'run has written {needed}, the next one {_described(expected[len(self._read)])}; '
-                f'{_REMEDY}'
+                f'run writes {needed}; the first that is missing is '
+                f'{_described(expected[len(self._read)])}. {_REMEDY.capitalize()}'
             )
         lines = self._path.read_bytes().count(b'\n') if self._path.exists() else 0
         if lines != len(self._read):

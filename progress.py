@@ -90,10 +90,10 @@ class TensorBoard:
 
     def close(self) -> None:
         """Ends the file."""
-        if self._writer is None:
-            return
+        writer, self._writer = self._writer, None
         try:
-            self._writer.close()
+            if writer:
+                writer.close()
         except OSError as error:
             self._failed(error)
 

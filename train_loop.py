@@ -74,7 +74,7 @@ class Run:
         begin: start.Start = start.NOTHING,
     ):
         self.config, self.plan, self.log, self.stop = config, plan, log, stop
-        self.trace = trace
+        self.trace, self._workdir = trace, workdir
         mesh = train_lib.make_mesh()
         self.task = ImageClassification(config, dataset.num_classes)
         optimizer = optimizers.create(config, plan)
@@ -270,6 +270,7 @@ class Run:
             self.progress.close()
             self.watchdog.stop()
         if outcome is not Outcome.INTERRUPTED:
+            distributed.lead_does(lambda: work_directory.check_still_there(self._workdir))
             self.log.run_stop(outcome is Outcome.REACHED)
         elif not saved:
             raise SaveError(

@@ -21,6 +21,7 @@ import jax
 
 import hyperparameters
 import machine
+from line_file import SaveError
 
 _FILES = ('lock', 'config.json', 'environment.json', 'mlperf.log', 'metrics.jsonl')
 _FOLDERS = ('tensorboard', 'checkpoints', 'profile')
@@ -201,3 +202,17 @@ def record(config: Mapping[str, Any], dataset: Any, path: Path) -> None:
     earlier = [e for e in _earlier(path / 'environment.json', _data(dataset)) if e != now]
     _write(path / 'config.json', dict(config))
     _write(path / 'environment.json', now | ({'earlier': earlier} if earlier else {}))
+
+
+def check_still_there(path: Path) -> None:
+    """Checks that nobody has removed what `record` wrote.
+
+    Raises:
+      SaveError: naming what is missing.
+    """
+    gone = [name for name in ('config.json', 'environment.json') if not (path / name).is_file()]
+    if gone:
+        raise SaveError(
+            f'{path} has lost {" and ".join(gone)} while the run was using it; put it back as it '
+            'was and repeat the command, or start in a new work directory (--workdir)'
+        )
