@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def decompress(path: Path, limit: int) -> bytes:
                 content += chunk
                 if len(content) > limit:
                     raise ValueError(f'{path} has more than {limit:,} bytes inside')
-    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f'{path} is damaged or truncated: {error}') from error
     return bytes(content)
 
@@ -108,7 +109,8 @@ def tar_members(tar: IO[bytes], name: str, limit: int) -> Iterator[Member]:
             larger than `limit`, is there twice, or has an absolute or otherwise unusable path.
     """
     paths: set[str] = set()
-    end = 0
+    length, end = tar.seek(0, os.SEEK_END), 0
+    tar.seek(0)
     for header, content in _headers(tar, name):
         path = PurePosixPath(header.name)
         if path.is_absolute() or '..' in path.parts or not header.name.isprintable():
@@ -122,6 +124,8 @@ def tar_members(tar: IO[bytes], name: str, limit: int) -> Iterator[Member]:
             raise ValueError(
                 f'{path} in {name} has {header.size:,} bytes; at most {limit:,} are read'
             )
+        if header.offset_data + header.size > length:
+            raise ValueError(f'{name} is truncated: {path} ends after {length:,} bytes')
         if str(path) in paths:
             raise ValueError(f'{path} is in {name} twice')
         if len(paths) == MAX_MEMBERS:

@@ -89,8 +89,8 @@ def _source(where: str, values: Any) -> Source:
         if type(value) is not int or value < 1:
             raise ValueError(f'{where}: {field} is {value!r}; it must be an integer above 0')
     name, digest, shards = values['file_name'], values['sha256'], values.get('shards')
-    if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
-        raise ValueError(f'{where}: file_name is {name!r}; it must be a name without a folder')
+    if not isinstance(name, str) or not re.fullmatch(r'\w[\w.-]*', name):
+        raise ValueError(f'{where}: file_name is {name!r}; it must be letters, digits, . - and _')
     if not isinstance(digest, str) or not re.fullmatch('[0-9a-f]{64}', digest):
         raise ValueError(f'{where}: sha256 is {digest!r}; it must be 64 digits of 0-9a-f')
     if shards is not None and shards > values['examples']:
