@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from mlperf_logging.mllog import constants
 
 from reporting.convergence import FinishedRun
+from reporting.markup import Markup, opening
 
 WIDTH, HEIGHT = 4.6, 3.0  # Inches.
 RUN, MEDIAN, TARGET = '#9a9a9a', '#000000', '#b00020'
@@ -45,15 +46,15 @@ def _figure(x: str, y: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def svg(figure: Figure, label: str) -> str:
+def svg(figure: Figure, label: str) -> Markup:
     """The figure as an SVG element that scales to the width of its place."""
     file = io.StringIO()
     figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
     text = file.getvalue()
     text = text[text.index('<svg') :]
-    opening, rest = text.split('>', 1)
-    box = opening[opening.index('viewBox="') :].split('"')[1]
-    return f'<svg role="img" aria-label="{label}" viewBox="{box}">{rest}'
+    start, rest = text.split('>', 1)
+    box = start[start.index('viewBox="') :].split('"')[1]
+    return Markup(f'{opening("svg", role="img", aria_label=label, viewBox=box)}{rest}')
 
 
 def png(figure: Figure, path: Path) -> None:

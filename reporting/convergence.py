@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finished runs, read from their work directories.
 
-In: folders as `main.py` leaves them (see `work_directory`). Out: `FinishedRun`s, whose logs are
+In: folders as `main.py` leaves them (see `work_directory`). Out: `FinishedRun`s, whose files are
 known to be whole, of one run, and of this benchmark; and what sets runs apart from each other.
 """
 
 import dataclasses
 import itertools
 import json
+import math
+import shlex
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,36 @@ from mlperf_logging.mllog import constants
 
 import hyperparameters
 import mlperf_log
+from plan import make_plan
 
 DAMAGED = '.damaged-'  # In the name of work directories that were set aside.
 _ONCE = (constants.INIT_STOP, constants.RUN_START, constants.RUN_STOP, constants.SEED)
+_TIMES_MS = (946_684_800_000, 4_102_444_800_000)  # The years 2000 to 2099.
+# What is read of environment.json: names and types.
+_ENVIRONMENT: dict[str, Any] = {
+    'versions': {'jax': str},
+    'python': str,
+    'system': str,
+    'devices': int,
+    'device_kind': str,
+    'processes': int,
+    'commit': str,
+    'dataset': {'name': str, 'num_train': int, 'num_eval': int},
+}
+# What is read of a line of metrics.jsonl, by what tells its kind.
+_METRICS = {
+    'loss': ('epoch', 'loss', 'learning_rate', 'input_wait', 'seconds', 'elapsed_seconds'),
+    'eval_loss': ('epoch', 'eval_loss', 'checkpoint_seconds', 'elapsed_seconds'),
+}
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 class RunError(ValueError):
     """A run, or a set of runs, that cannot be used; the text says which and what to do."""
+
+
+class LogRejectedError(RunError):
+    """The log of a run that ended is not one that this program writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +92,42 @@ class FinishedRun:
         return self.accuracies[-1][0]
 
     @property
+    def start_ms(self) -> int:
+        """When the clock started, in milliseconds since the epoch."""
+        return self._first(constants.RUN_START)['time_ms']
+
+    @property
     def minutes(self) -> float:
         """From run_start to run_stop."""
-        start, stop = self._first(constants.RUN_START), self._first(constants.RUN_STOP)
-        return (stop['time_ms'] - start['time_ms']) / 60_000
+        return (self._first(constants.RUN_STOP)['time_ms'] - self.start_ms) / 60_000
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        lines = (self.directory / 'metrics.jsonl').read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        """The lines of metrics.jsonl.
+
+        Raises:
+          RunError: when there is none, or one of them is damaged.
+        """
+        path = self.directory / 'metrics.jsonl'
+        try:
+            lines = path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f'{path} cannot be read ({error})') from error
+        return [_metrics_of(line, f'line {n} of {path}') for n, line in enumerate(lines, start=1)]
+
+    @property
+    def working_seconds(self) -> float:
+        """Seconds of training, evaluation and checkpoints, without the pauses of interruptions.
+
+        What a killed process had done since its last checkpoint is done again, and counts once.
+
+        Raises:
+          RunError: when metrics.jsonl does not tell.
+        """
+        lines = self.metrics
+        if not lines:
+            raise RunError(f'{self.directory / "metrics.jsonl"} is empty')
+        return lines[-1]['elapsed_seconds']
 
     def spans(self, start: str, stop: str) -> list[tuple[Mapping[str, Any], float]]:
         """The (metadata of the start, seconds) of every interval between two keys of the log."""
@@ -95,6 +147,18 @@ class FinishedRun:
         return next(event for event in self.events if event['key'] == key)
 
 
+def _metrics_of(line: str, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+        (kind,) = _METRICS.keys() & values.keys()
+        numbers = [values[name] for name in _METRICS[kind]]
+        if not all(type(x) in (int, float) and math.isfinite(x) and x >= 0 for x in numbers):
+            raise ValueError('its values are no numbers from 0')
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise RunError(f'{where} is damaged ({error})') from error
+    return values
+
+
 def check_events(events: Sequence[Mapping[str, Any]]) -> str | None:
     """What keeps a log's events from being those of one finished run; None if nothing does."""
     keys = [event['key'] for event in events]
@@ -107,14 +171,22 @@ def check_events(events: Sequence[Mapping[str, Any]]) -> str | None:
     if doubled:
         count = keys.count(doubled[0])
         return f'it has {count} events {doubled[0]}: the logs of several runs are mixed'
-    if any(a['time_ms'] > b['time_ms'] for a, b in itertools.pairwise(events)):
-        return 'its times go backwards: the logs of several runs are mixed'
+    times = [event['time_ms'] for event in events]
+    absurd = [time for time in times if not _TIMES_MS[0] <= time < _TIMES_MS[1]]
+    if absurd:
+        return f'its time {absurd[0]} is not within the years 2000 to 2099'
+    if any(a > b for a, b in itertools.pairwise(times)):
+        return (
+            'its times run backwards: the clock was set back, or the logs of several runs are mixed'
+        )
     missing = [key for key in (*_ONCE, constants.EVAL_ACCURACY) if key not in keys]
     if missing:
         return (
-            f'it is not whole: {missing[0]} is missing, the last event is {keys[-1]}; the same '
-            'command as before goes on with an interrupted run'
+            f'it is not whole: {missing[0]} is missing, the last event is {keys[-1]}; to resume an '
+            'interrupted run, repeat the command that started it'
         )
+    if keys.index(constants.RUN_STOP) < keys.index(constants.RUN_START):
+        return 'its run_stop comes before its run_start'
     return None
 
 
@@ -122,8 +194,9 @@ def read_events(log: Path) -> list[dict[str, Any]]:
     """The events of a log of one finished run.
 
     Raises:
-      RunError: when it is missing, damaged, unfinished, mixed of several runs, or of another
-        benchmark.
+      RunError: when it is missing, damaged or unfinished.
+      LogRejectedError: when it has ended, but is mixed of several runs, of another benchmark, or
+        its times are impossible.
     """
     try:
         events = mlperf_log.read(log)
@@ -133,17 +206,80 @@ def read_events(log: Path) -> list[dict[str, Any]]:
         raise RunError(str(error)) from error
     fault = check_events(events)
     if fault:
-        raise RunError(f'{log} cannot be used: {fault}')
+        ended = any(event['key'] == constants.RUN_STOP for event in events)
+        raise (LogRejectedError if ended else RunError)(f'{log} cannot be used: {fault}')
     return events
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
-            f'{path} cannot be read ({error}); it belongs to every work directory of main.py'
+            f'{path} cannot be read ({error}); every work directory of main.py has one'
         ) from error
+    if not isinstance(value, dict):
+        raise RunError(f'{path} is damaged: it holds no JSON object')
+    return value
+
+
+def _misshapen(value: Any, shape: Any, name: str) -> list[str]:
+    """The names of what has not the types of `shape`."""
+    if not isinstance(shape, dict):
+        return [] if type(value) is shape else [name]
+    if not isinstance(value, dict):
+        return [name]
+    parts = ((value.get(key), part, f'{name}.{key}') for key, part in shape.items())
+    return [wrong for part in parts for wrong in _misshapen(*part)]
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    environment = _read_json(path)
+    earlier = environment.get('earlier', [])
+    wrong = _misshapen(environment, _ENVIRONMENT, 'environment')
+    wrong += _misshapen(earlier, list, 'earlier')
+    wrong += _misshapen(environment.get('starts', 1), int, 'starts')
+    if not wrong:
+        wrong = [n for start in earlier for n in _misshapen(start, {'commit': str}, 'earlier')]
+    if wrong:
+        raise RunError(f'{path} is damaged: {", ".join(wrong)} is missing or of another type')
+    return environment
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    values = _read_json(path)
+    try:
+        config = dict(hyperparameters.resolve(values, {'seed': 'none'}))
+    except hyperparameters.ConfigError as error:
+        raise RunError(
+            f'{path} is damaged, or of another version of this program (environment.json beside it '
+            f'names the commit): {error}'
+        ) from error
+    if type(values.get('seed')) is not int:
+        raise RunError(f'{path} is damaged: its seed is {values.get("seed")!r:.100}, no number')
+    return config | {'seed': values['seed']}
+
+
+def _check_log(run: FinishedRun) -> None:
+    """Checks that the log is the one that this run writes.
+
+    Raises:
+      LogRejectedError: when lines were lost, changed or added.
+      RunError: when configuration and data do not fit together.
+    """
+    data = run.environment['dataset']
+    try:
+        plan = make_plan(
+            run.config,
+            num_train=data['num_train'],
+            num_eval=data['num_eval'],
+            num_devices=run.environment['devices'],
+        )
+        mlperf_log.EventLog(run.log).check(run.config, plan, step=plan.total_steps + 1)
+    except mlperf_log.LogError as error:
+        raise LogRejectedError(f'{run.log} cannot be used: {error}') from error
+    except (ValueError, ArithmeticError) as error:
+        raise RunError(f'the files in {run.directory} contradict each other: {error}') from error
 
 
 def read_run(directory: Path) -> FinishedRun:
@@ -151,29 +287,64 @@ def read_run(directory: Path) -> FinishedRun:
 
     Raises:
       RunError: when it has not ended, or its files cannot be used.
+      LogRejectedError: when it has ended, but with a log that this run does not write.
     """
-    return FinishedRun(
+    if not directory.is_dir():
+        raise RunError(f'there is no folder {directory}')
+    run = FinishedRun(
         directory=directory,
-        config=_read_json(directory / 'config.json'),
-        environment=_read_json(directory / 'environment.json'),
+        config=_read_config(directory / 'config.json'),
+        environment=_read_environment(directory / 'environment.json'),
         events=read_events(directory / 'mlperf.log'),
+    )
+    _check_log(run)
+    return run
+
+
+def command(script: str, *arguments: str | Path) -> str:
+    """A command line for a script of this repository, that can be pasted anywhere."""
+    return shlex.join(['python', str(_ROOT / 'scripts' / script), *map(str, arguments)])
+
+
+def repeat(run: FinishedRun, number: int, folder: Path, *overrides: str) -> str:
+    """The command that makes runs like this one, with other seeds, until `folder` has `number`."""
+    config = run.directory.resolve() / 'config.json'
+    return command(
+        'run_seeds.py', f'--config={config}', '--config.seed=none', *overrides,
+        f'--runs={number}', f'--out={folder.resolve()}',
+    )  # fmt: skip
+
+
+def spread(epochs: Sequence[int]) -> str:
+    """Mean, sample standard deviation and range of epochs to a target, in words."""
+    text = f'{statistics.mean(epochs):.2f} epochs on average'
+    if len(epochs) < 2:
+        return text
+    return (
+        f'{text} (sample standard deviation {statistics.stdev(epochs):.2f}, '
+        f'{min(epochs)} to {max(epochs)})'
     )
 
 
 def survey(directory: Path) -> tuple[list[FinishedRun], list[RunError]]:
-    """The finished runs in a folder of work directories, by name, and the faults of others.
+    """The finished runs in a folder of work directories, by name, and the errors of others.
 
     A work directory itself counts as a folder of one.
 
     Raises:
       RunError: when there is no run at all.
     """
-    logs = [path for path in sorted(directory.glob('*/mlperf.log')) if DAMAGED not in str(path)]
+    if not directory.is_dir():
+        raise RunError(f'there is no folder {directory}')
+    found = sorted(directory.glob('*/mlperf.log'))
+    logs = [path for path in found if DAMAGED not in path.parent.name]
     logs = [directory / 'mlperf.log'] if (directory / 'mlperf.log').exists() else logs
     if not logs:
+        out = f'--out={directory.resolve()}'
+        makes = command('run_seeds.py', '--config=configs/digits.py', '--runs=10', out)
         raise RunError(
-            f'there are no runs in {directory}: it must hold work directories of main.py, as '
-            f'scripts/run_seeds.py --out={directory} makes them'
+            f'there are no runs in {directory}: it must hold work directories of main.py, such as '
+            f'this makes:\n  {makes}'
         )
     runs, faults = [], []
     for log in logs:

@@ -5,14 +5,15 @@ Read from Linux and the NVIDIA driver; what no command tells (cooling, networks)
 empty text for the submitter to fill.
 """
 
+import collections
 import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import machine
 from reporting.convergence import RunError
 
 # submission_status of the log -> the status of system descriptions from round 4.0 on.
@@ -22,30 +23,19 @@ STATUS = {
     'preview': 'Preview',
     'research': 'Research, Development, or Internal (RDI)',
 }
-_GPU_QUERY = 'name,memory.total,clocks.max.sm,pcie.link.gen.max,driver_version'
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ''
-
-
-def _field(text: str, name: str) -> str:
-    match = re.search(rf'^{name}\s*:\s*(.*)$', text, re.MULTILINE)
-    return match.group(1).strip() if match else ''
 
 
 def processors(cpuinfo: str) -> dict[str, str]:
     """Sockets, cores and name from the text of /proc/cpuinfo."""
     blocks = [block for block in cpuinfo.split('\n\n') if block.strip()]
-    sockets = {_field(block, 'physical id') for block in blocks}
-    cores = {(_field(block, 'physical id'), _field(block, 'core id')) for block in blocks}
-    frequency = _field(cpuinfo, 'cpu MHz')
+    sockets = {machine.field(block, 'physical id') for block in blocks}
+    cores = {
+        (machine.field(block, 'physical id'), machine.field(block, 'core id')) for block in blocks
+    }
+    frequency = machine.field(cpuinfo, 'cpu MHz')
     return {
         'host_processors_per_node': str(len(sockets)),
-        'host_processor_model_name': _field(cpuinfo, 'model name'),
+        'host_processor_model_name': machine.field(cpuinfo, 'model name'),
         'host_processor_core_count': str(len(cores) // len(sockets)),
         'host_processor_vcpu_count': str(len(blocks)),
         'host_processor_frequency': f'{frequency} MHz' if frequency else '',
@@ -56,21 +46,15 @@ def caches() -> str:
     """Sizes of the first core's caches, such as 'L1d 32K, L1i 32K, L2 1024K'."""
     found = []
     for index in sorted(Path('/sys/devices/system/cpu/cpu0/cache').glob('index*')):
-        kind = {'Data': 'd', 'Instruction': 'i'}.get(_read(f'{index}/type'), '')
-        found.append(f'L{_read(f"{index}/level")}{kind} {_read(f"{index}/size")}')
+        kind = {'Data': 'd', 'Instruction': 'i'}.get(machine.read(f'{index}/type'), '')
+        found.append(f'L{machine.read(f"{index}/level")}{kind} {machine.read(f"{index}/size")}')
     return ', '.join(found)
-
-
-def memory(meminfo: str) -> str:
-    """Capacity from the text of /proc/meminfo."""
-    kibibytes = _field(meminfo, 'MemTotal').split()
-    return f'{int(kibibytes[0]) / 2**20:.0f} GiB' if kibibytes else ''
 
 
 def storage() -> dict[str, str]:
     """Kind of the disks, and size of the file system's root; a virtual machine hides the kind."""
     disks = [*Path('/sys/block').glob('sd*'), *Path('/sys/block').glob('nvme*')]
-    rotating = {_read(f'{disk}/queue/rotational') for disk in disks}
+    rotating = {machine.read(f'{disk}/queue/rotational') for disk in disks}
     kind = 'hard disk' if '1' in rotating else 'solid state' if rotating else ''
     return {
         'host_storage_type': kind,
@@ -78,22 +62,8 @@ def storage() -> dict[str, str]:
     }
 
 
-def gpus() -> list[dict[str, str]]:
-    """The GPUs that the NVIDIA driver sees, one mapping for each; none without a driver."""
-    command = ['nvidia-smi', f'--query-gpu={_GPU_QUERY}', '--format=csv,noheader']
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    names = _GPU_QUERY.split(',')
-    return [
-        dict(zip(names, (value.strip() for value in line.split(',')), strict=True))
-        for line in lines.strip().splitlines()
-    ]
-
-
 def _operating_system() -> str:
-    release = _read('/etc/os-release')
+    release = machine.read('/etc/os-release')
     match = re.search(r'^PRETTY_NAME="?(.*?)"?$', release, re.MULTILINE)
     return f'{match.group(1) if match else platform.system()}, Linux {platform.release()}'
 
@@ -109,7 +79,7 @@ def describe(config: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[
       RunError: when the run was made on another machine.
     """
     on_cpu = environment['device_kind'] == 'cpu'
-    found = [] if on_cpu else gpus()
+    found = [] if on_cpu else machine.gpus()
     kinds = {gpu['name'] for gpu in found}
     if environment['system'] != platform.platform() or (
         not on_cpu and environment['device_kind'] not in kinds
@@ -118,7 +88,7 @@ def describe(config: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[
             f'the runs were made on another machine ({environment["system"]}, '
             f'{environment["device_kind"]}); package there, or give --system_description=FILE'
         )
-    gpu = found[0] if found else dict.fromkeys(_GPU_QUERY.split(','), '')
+    gpu = found[0] if found else collections.defaultdict(str)
     processes = environment['processes']
     nodes = max(1, processes // max(1, len(found))) if found else 1
     versions = environment['versions']
@@ -130,10 +100,10 @@ def describe(config: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[
         'status': STATUS[config['status']],
         'system_name': config['platform'],
         'number_of_nodes': str(nodes),
-        **processors(_read('/proc/cpuinfo')),
+        **processors(machine.read('/proc/cpuinfo')),
         'host_processor_caches': caches(),
         'host_processor_interconnect': '',
-        'host_memory_capacity': memory(_read('/proc/meminfo')),
+        'host_memory_capacity': machine.memory(machine.read('/proc/meminfo')),
         'host_memory_configuration': '',
         **storage(),
         'host_networking': '',

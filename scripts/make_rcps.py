@@ -5,14 +5,15 @@
 
 Each DIR holds the work directories of one experiment (see run_seeds.py) and gives one point. Runs
 that differ in hyperparameters, code version or data, that share a seed, or that did not meet their
-target are refused. `python -m mlperf_logging.rcp_checker --custom_rcps FILE` reads the result; the
-mean, standard deviation and smallest passing mean in it are that checker's own.
+target are rejected. `python -m mlperf_logging.rcp_checker --custom_rcps FILE` reads the result; RCP
+Mean, RCP Stdev and Min Epochs in it are that checker's own statistics, under its own names.
 """
 
 import argparse
 import datetime
 import io
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,14 +47,17 @@ def check(runs: Sequence[FinishedRun]) -> None:
         )
     if len(runs) < SMALLEST_SET:
         raise RunError(
-            f'{folder} holds {len(runs)} runs; a reference point takes at least {SMALLEST_SET}: '
-            f'scripts/run_seeds.py --runs={SMALLEST_SET} --out={folder} makes the others'
+            f'{folder} holds {len(runs)} runs; a reference point takes at least {SMALLEST_SET}. '
+            f'This makes the others:\n  {convergence.repeat(runs[0], SMALLEST_SET, folder)}'
         )
     commit = runs[0].environment['commit']
     if commit == 'unknown' or commit.endswith('-dirty'):
         raise RunError(
             f'the code version of the runs in {folder} is {commit}: nobody could run it again. '
-            'Run from a clean git checkout'
+            'Commit the code, and repeat the runs from there in another folder:\n  '
+            + convergence.repeat(
+                runs[0], SMALLEST_SET, folder.with_name(f'{folder.name}-committed')
+            )
         )
 
 
@@ -66,12 +70,15 @@ def point(runs: Sequence[FinishedRun], creator: str) -> dict[str, Any]:
     newest = max(run.events[-1]['time_ms'] for run in runs)
     day = datetime.datetime.fromtimestamp(newest / 1000, datetime.UTC)
     environment = first.environment
+    facts = environment.get('machine')
+    processor = facts.get('processor') if isinstance(facts, Mapping) else None
+    kind = environment['device_kind'] + (f' ({processor})' if processor else '')
     return {
         'Benchmark': mlperf_log.BENCHMARK,
         'Creator': creator,
         'When': f'{day:%Y-%m-%d}',
         'Platform': f'{first.config["platform"]}: {environment["devices"]} × '
-        f'{environment["device_kind"]}, JAX {environment["versions"]["jax"]}',
+        f'{kind}, JAX {environment["versions"]["jax"]}',
         'BS': first.config['global_batch_size'],
         'Hyperparams': {key: value for key, value in logged.items() if key not in names},
         'Epochs to converge': [run.epochs for run in runs],
@@ -86,9 +93,9 @@ def point(runs: Sequence[FinishedRun], creator: str) -> dict[str, Any]:
 def with_statistics(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Points with the official checker's statistics of them.
 
-    The mean leaves out the fastest and the slowest run; the standard deviation is of all; a result
-    whose own mean (of five runs, again without fastest and slowest) is below the smallest passing
-    mean is refused.
+    RCP Mean leaves out the fastest and the slowest run. RCP Stdev is the population's (divided by
+    n, not n - 1), of all runs. A result whose own mean (of five runs, again without fastest and
+    slowest) is below Min Epochs is rejected.
     """
     checker = rcp_checker.RCP_Checker(
         'training',
@@ -99,9 +106,8 @@ def with_statistics(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
     )
     statistics = {
         name: {
-            'Mean': round(float(checker.rcp_data[name]['RCP Mean']), 4),
-            'Standard deviation': round(float(checker.rcp_data[name]['RCP Stdev']), 4),
-            'Smallest passing mean': round(float(checker.rcp_data[name]['Min Epochs']), 4),
+            key: round(float(checker.rcp_data[name][key]), 4)
+            for key in ('RCP Mean', 'RCP Stdev', 'Min Epochs')
         }
         for name in points
     }
@@ -132,17 +138,20 @@ def main(arguments: list[str]) -> int:
             points[name] = record
         points = with_statistics(points)
         out = flags.out or flags.directories[0] / 'rcps.json'
-        out.write_text(json.dumps(points, indent=2, ensure_ascii=False) + '\n')
+        out.write_text(json.dumps(points, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     for name, record in points.items():
+        epochs = record['Epochs to converge']
         print(
-            f'{name}: {len(record["Epochs to converge"])} runs, mean {record["Mean"]:.2f} epochs, '
-            f'standard deviation {record["Standard deviation"]:.2f}, smallest passing mean '
-            f'{record["Smallest passing mean"]:.2f}'
+            f'{name}: {len(epochs)} runs, {convergence.spread(epochs)}\n'
+            '  by the official checker: mean without fastest and slowest '
+            f"{record['RCP Mean']:.2f}, population's standard deviation "
+            f'{record["RCP Stdev"]:.2f}, smallest passing mean {record["Min Epochs"]:.2f}'
         )
-    print(f'written to {out}; python -m mlperf_logging.rcp_checker --custom_rcps {out} uses it')
+    rcps = shlex.quote(f'--custom_rcps={out.resolve()}')
+    print(f'written to {out}; this uses it:\n  python -m mlperf_logging.rcp_checker {rcps} DIR')
     return 0
 
 

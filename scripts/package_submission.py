@@ -10,7 +10,11 @@ result. Everything is checked first, and what is missing is named; then OUT/ORG 
     results/SYSTEM/resnet/result_0…4.txt    the logs, byte for byte
     benchmarks/resnet/implementations/…     the code of the runs, from git
 
-ORG and SYSTEM must be what the logs say (--config.org and --config.platform of the runs).
+ORG and SYSTEM must be what the logs say. They are set before the runs:
+
+    run_seeds.py --runs=5 --out=DIR --config.org=ORG --config.platform=SYSTEM …
+
+Exit status: 0 the official checkers accept the tree, 1 they do not, 2 there is no tree to judge.
 """
 
 import argparse
@@ -49,29 +53,63 @@ def choose(runs: Sequence[FinishedRun], org: str, system: str) -> list[FinishedR
     faults = []
     if len(runs) < RUNS_PER_RESULT:
         faults.append(
-            f'{len(runs)} of {RUNS_PER_RESULT} runs are there; the others: '
-            f'scripts/run_seeds.py --runs={RUNS_PER_RESULT} --out={folder}'
+            f'{len(runs)} of {RUNS_PER_RESULT} runs are there. This makes the others:\n    '
+            + convergence.repeat(runs[0], RUNS_PER_RESULT, folder)
         )
     runs = runs[:RUNS_PER_RESULT]
     missed = [run.directory.name for run in runs if not run.reached]
     if len(missed) > 1:
         faults.append(f'{len(missed)} runs missed their target ({", ".join(missed)}); one may')
-    for key, flag, field in (
-        (constants.SUBMISSION_ORG, org, 'org'),
-        (constants.SUBMISSION_PLATFORM, system, 'platform'),
-    ):
-        value = runs[0].logged(key)
-        if value != flag:
-            faults.append(
-                f'the logs say {key}={value}, not {flag}; run with --config.{field}={flag}'
-            )
+    logged = [
+        (run.logged(constants.SUBMISSION_ORG), run.logged(constants.SUBMISSION_PLATFORM))
+        for run in runs
+    ]
+    others = [names for names in logged if names != (org, system)]
+    if others:
+        remedy = convergence.repeat(
+            runs[0], RUNS_PER_RESULT, folder.with_name(f'{folder.name}-renamed'),
+            f'--config.org={org}', f'--config.platform={system}',
+        )  # fmt: skip
+        faults.append(
+            f'{len(others)} of the logs are of --org={others[0][0]} --system={others[0][1]}, as '
+            'given to main.py or run_seeds.py with --config.org and --config.platform. Package '
+            f'them as such, or repeat the runs with other names:\n    {remedy}'
+        )
     for run in runs:
         accepted, text = verdicts.complies(run.log)
         if not accepted and run.reached:
-            faults.append(f'{run.log} is refused by the compliance checker:\n{text}')
+            faults.append(f'{run.log} is rejected by the compliance checker:\n{text}')
     if faults:
         raise RunError(f'{folder} makes no submission yet:\n  ' + '\n  '.join(faults))
     return list(runs)
+
+
+def check_name(flag: str, name: str) -> None:
+    """Checks that a name can be that of a folder in the tree.
+
+    Raises:
+      RunError: when it cannot.
+    """
+    if not name.isprintable() or name != Path(name).name or name.startswith('.') or len(name) > 100:
+        raise RunError(
+            f'--{flag}={name[:200]!r} cannot be the name of a folder: give up to 100 characters '
+            'without a slash, not beginning with a dot'
+        )
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """A system description from a JSON file.
+
+    Raises:
+      RunError: when it is none.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f'{path} cannot be read ({error})') from error
+    if not isinstance(value, dict):
+        raise RunError(f'{path} is no system description: it holds no JSON object')
+    return value
 
 
 def code_of(commit: str) -> bytes:
@@ -80,7 +118,7 @@ def code_of(commit: str) -> bytes:
     Raises:
       RunError: when git does not know the commit.
     """
-    command = ['git', '-C', str(ROOT), 'archive', '--format=tar', commit]
+    command = ['git', '-C', str(ROOT), 'archive', '--format=tar', '--end-of-options', commit]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         raise RunError(
@@ -91,7 +129,7 @@ def code_of(commit: str) -> bytes:
 
 
 def unpack(archive: bytes, to: Path) -> None:
-    """Unpacks code, without the dot-files that the official repository checker refuses."""
+    """Unpacks code, without the dot-files that the official repository checker rejects."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         members = [
             member
@@ -125,7 +163,7 @@ def judge(tree: Path) -> tuple[float | None, str]:
     """The verdicts of the official package checker and result summarizer on a submission tree.
 
     Returns:
-      The result in minutes, None if the tree is refused; and what the checkers said.
+      The result in minutes, None if the tree is rejected; and what the checkers said.
     """
     _, said = verdicts.official('package_checker', tree.resolve(), 'training', RULESET)
     if 'PACKAGE CHECKER FOUND NO ERRORS' not in said:
@@ -156,11 +194,13 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     tree = (flags.out or flags.directory / 'submission') / flags.org
     try:
+        check_name('org', flags.org)
+        check_name('system', flags.system)
         runs = choose(convergence.read_runs(flags.directory), flags.org, flags.system)
         if tree.exists():
             raise RunError(f'{tree} is there already; remove it, or choose another --out')
         if flags.system_description:
-            description = json.loads(flags.system_description.read_text())
+            description = read_description(flags.system_description)
         else:
             description = system_description.describe(runs[0].config, runs[0].environment)
         write(tree, runs, description, code_of(runs[0].environment['commit']))
@@ -169,7 +209,7 @@ def main(arguments: list[str]) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 2
     print(said)
-    print(f'{tree}: {"REFUSED" if minutes is None else f"accepted, result {minutes:.3f} minutes"}')
+    print(f'{tree}: {"REJECTED" if minutes is None else f"accepted, result {minutes:.3f} minutes"}')
     return 1 if minutes is None else 0
 
 

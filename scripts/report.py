@@ -8,7 +8,6 @@ file that needs nothing else; its charts are also written as PNGs into a folder 
 """
 
 import argparse
-import html
 import statistics
 import sys
 import webbrowser
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hyperparameters
 from reporting import charts, convergence, verdicts
 from reporting.convergence import FinishedRun, RunError
+from reporting.markup import Markup, element, join, opening
 
 STYLE = """
 :root { color-scheme: light; }
@@ -46,18 +46,12 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 """
 
 
-def escape(value: Any) -> str:
-    """Text for a page."""
-    return html.escape(str(value))
-
-
-def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
+def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> Markup:
     """A table of texts; the first column heads its row."""
-    lines = [f'<tr>{"".join(f"<th>{escape(cell)}</th>" for cell in head)}</tr>'] if head else []
+    lines = [element('tr', *(element('th', cell) for cell in head))] if head else []
     for first, *others in rows:
-        cells = ''.join(f'<td>{escape(cell)}</td>' for cell in others)
-        lines.append(f'<tr><th>{escape(first)}</th>{cells}</tr>')
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+        lines.append(element('tr', element('th', first), *(element('td', c) for c in others)))
+    return element('div', element('table', *lines), class_='scroll')
 
 
 def official_epochs(config: Mapping[str, Any]) -> list[int]:
@@ -80,25 +74,35 @@ def summary(runs: Sequence[FinishedRun]) -> str:
     text = f'{len(reached)} of {len(runs)} runs reached a top-1 accuracy of {target:g}'
     if not reached:
         return f'{text}.'
-    text += f', after {statistics.mean(reached):.2f} epochs on average'
-    if len(reached) > 1:
-        text += (
-            f' (standard deviation {statistics.stdev(reached):.2f}, '
-            f'{min(reached)} to {max(reached)})'
-        )
+    text += f', after {convergence.spread(reached)}'
     minutes = statistics.median(run.minutes for run in runs)
-    return f'{text}. Median time from run_start to run_stop: {60 * minutes:.1f} s.'
+    working = statistics.median(run.working_seconds for run in runs)
+    return (
+        f'{text}. Median time from run_start to run_stop: {60 * minutes:.1f} s; of training, '
+        f'evaluation and checkpoints, without the pauses of interrupted runs: {working:.1f} s.'
+    )
+
+
+def machine(run: FinishedRun) -> str:
+    """What a run was made on, in a sentence."""
+    environment = run.environment
+    count, kind = environment['devices'], environment['device_kind']
+    text = f'{run.directory.name} ran on {count} × {kind} in {run.config["dtype"]}'
+    facts = environment.get('machine')
+    if isinstance(facts, Mapping) and {'processor', 'usable_cores'} <= facts.keys():
+        text += f', with {facts["usable_cores"]} cores of {facts["processor"] or "a CPU"}'
+    return f'{text}; code version {environment["commit"]}.'
 
 
 def judge(runs: Sequence[FinishedRun]) -> list[tuple[str, bool | None, str]]:
     """The checkers' verdicts: (question, whether it holds or None if it cannot be asked, why)."""
     found = []
-    refused = [(run, *verdicts.complies(run.log)) for run in runs]
-    refused = [(run, text) for run, passed, text in refused if not passed]
-    words = f'{len(runs) - len(refused)} of {len(runs)} logs'
-    if refused:
-        words += f'; the first that is refused, {refused[0][0].directory.name}: {refused[0][1]}'
-    found.append((f'compliance checker, ruleset {verdicts.RULESET}', not refused, words))
+    rejected = [(run, *verdicts.complies(run.log)) for run in runs]
+    rejected = [(run, text) for run, passed, text in rejected if not passed]
+    words = f'{len(runs) - len(rejected)} of {len(runs)} logs'
+    if rejected:
+        words += f'; the first that is rejected, {rejected[0][0].directory.name}: {rejected[0][1]}'
+    found.append((f'compliance checker, ruleset {verdicts.RULESET}', not rejected, words))
     found.append(('seed checker', *verdicts.seeds_differ([run.log for run in runs])))
     mixed = convergence.differences(runs)
     found.append((
@@ -117,14 +121,10 @@ def judge(runs: Sequence[FinishedRun]) -> list[tuple[str, bool | None, str]]:
     return found
 
 
-def verdict_table(found: Iterable[tuple[str, bool | None, str]]) -> str:
-    """The verdicts as a table; a refusal is bold and underlined."""
-    words = {True: 'yes', False: '<span class="no">NO</span>', None: '–'}
-    rows = ''.join(
-        f'<tr><th>{escape(question)}</th><td>{words[passed]}</td><td>{escape(text)}</td></tr>'
-        for question, passed, text in found
-    )
-    return f'<div class="scroll"><table>{rows}</table></div>'
+def verdict_table(found: Iterable[tuple[str, bool | None, str]]) -> Markup:
+    """The verdicts as a table; a rejection is bold and underlined."""
+    words = {True: 'yes', False: element('span', 'NO', class_='no'), None: '–'}
+    return table((question, words[passed], text) for question, passed, text in found)
 
 
 def figures(runs: Sequence[FinishedRun]) -> dict[str, tuple[str, Any]]:
@@ -154,17 +154,24 @@ def flat(values: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, Any
             yield f'{prefix}{name}', value
 
 
-def page(runs: Sequence[FinishedRun], faults: Sequence[RunError], drawn: Mapping[str, Any]) -> str:
+def left_out(faults: Sequence[RunError]) -> Markup:
+    """Why some runs are not in the report."""
+    if not faults:
+        return Markup()
+    title = element('h2', f'Left out: {len(faults)} that cannot be used')
+    return join([title, *(element('pre', fault) for fault in faults)])
+
+
+def page(
+    runs: Sequence[FinishedRun], faults: Sequence[RunError], drawn: Mapping[str, Any]
+) -> Markup:
     """The whole page."""
     first = runs[0]
     title = f'{first.config["model"]} on {first.config["dataset"]}: {len(runs)} runs'
-    shown = ''.join(
-        f'<figure>{charts.svg(figure, caption)}<figcaption>{escape(caption)}</figcaption></figure>'
+    shown = (
+        element('figure', charts.svg(figure, caption), element('figcaption', caption))
         for caption, figure in drawn.values()
     )
-    unfinished = ''.join(f'<pre>{escape(fault)}</pre>' for fault in faults)
-    if faults:
-        unfinished = f'<h2>Left out: {len(faults)} that cannot be used</h2>{unfinished}'
     config = [
         (entry.name, first.config[entry.name], entry.help)
         for entry in hyperparameters.TABLE
@@ -172,22 +179,56 @@ def page(runs: Sequence[FinishedRun], faults: Sequence[RunError], drawn: Mapping
     ]
     results = [
         (run.directory.name, run.config['seed'], 'reached' if run.reached else 'MISSED', run.epochs,
-         f'{run.accuracies[-1][1]:.5f}', f'{60 * run.minutes:.1f}')
+         f'{run.accuracies[-1][1]:.5f}', f'{60 * run.minutes:.1f}', f'{run.working_seconds:.1f}')
         for run in runs
     ]  # fmt: skip
-    head = ('run', 'seed', 'target', 'epochs', 'last top-1', 'seconds')
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(title)}</title><style>{STYLE}</style></head><body>'
-        f'<h1>{escape(title)}</h1><p>{escape(summary(runs))}</p>'
-        f'<div class="charts">{shown}</div>'
-        f'<h2>Verdicts</h2>{verdict_table(judge(runs))}{unfinished}'
-        f'<h2>Configuration</h2><div class="help">{table(config)}</div>'
-        f'<h2>Environment of {escape(first.directory.name)}</h2>{table(flat(first.environment))}'
-        f'<h2>Runs</h2><details><summary>Every run</summary>{table(results, head)}</details>'
-        '</body></html>\n'
+    head = ('run', 'seed', 'target', 'epochs', 'last top-1', 'seconds', 'without pauses')
+    viewport = 'width=device-width, initial-scale=1'
+    body = (
+        element('h1', title),
+        element('p', summary(runs)),
+        element('p', f'Machine: {machine(first)}'),
+        element('div', *shown, class_='charts'),
+        element('h2', 'Verdicts'),
+        verdict_table(judge(runs)),
+        left_out(faults),
+        element('h2', 'Configuration'),
+        element('div', table(config), class_='help'),
+        element('h2', f'Environment of {first.directory.name}'),
+        table(flat(first.environment)),
+        element('h2', 'Runs'),
+        element('details', element('summary', 'Every run'), table(results, head)),
     )
+    return join([
+        Markup('<!DOCTYPE html>'),
+        element(
+            'html',
+            element(
+                'head',
+                opening('meta', charset='utf-8'),
+                opening('meta', name='viewport', content=viewport),
+                element('title', title),
+                element('style', Markup(STYLE)),
+            ),
+            element('body', *body),
+            lang='en',
+        ),
+        Markup('\n'),
+    ])  # fmt: skip
+
+
+def with_metrics(
+    runs: Sequence[FinishedRun],
+) -> tuple[list[FinishedRun], list[RunError]]:
+    """The runs whose metrics can be drawn, and the errors of others."""
+    good, faults = [], []
+    for run in runs:
+        try:
+            _ = run.working_seconds
+            good.append(run)
+        except RunError as error:
+            faults.append(error)
+    return good, faults
 
 
 def main(arguments: list[str]) -> int:
@@ -201,7 +242,9 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     out = flags.out or flags.directory / 'report.html'
     try:
-        runs, faults = convergence.survey(flags.directory)
+        finished, faults = convergence.survey(flags.directory)
+        runs, unknown = with_metrics(finished)
+        faults += unknown
         if not runs:
             raise faults[0]
         drawn = figures(runs)
@@ -209,7 +252,7 @@ def main(arguments: list[str]) -> int:
         pictures.mkdir(parents=True, exist_ok=True)
         for name, (_, figure) in drawn.items():
             charts.png(figure, pictures / f'{name}.png')
-        out.write_text(page(runs, faults, drawn))
+        out.write_text(page(runs, faults, drawn), encoding='utf-8')
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

@@ -69,11 +69,11 @@ def test_statistics_are_the_official_ones(runs):
     assert make_rcps.main([str(runs)]) == 0
     point = json.loads((runs / 'rcps.json').read_text())['resnet_ref_128']
     middle = sorted(EPOCHS)[1:-1]
-    assert point['Mean'] == pytest.approx(sum(middle) / len(middle))
+    assert point['RCP Mean'] == pytest.approx(sum(middle) / len(middle))
     mean = sum(EPOCHS) / len(EPOCHS)
     variance = sum((e - mean) ** 2 for e in EPOCHS) / len(EPOCHS)
-    assert point['Standard deviation'] == pytest.approx(variance**0.5, abs=1e-4)
-    assert point['Smallest passing mean'] < point['Mean']
+    assert point['RCP Stdev'] == pytest.approx(variance**0.5, abs=1e-4)
+    assert point['Min Epochs'] < point['RCP Mean']
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_few_runs_or_uncommitted_code_make_no_point(tmp_path, capsys):
     assert 'at least 10' in refusal(capsys, few)
     for commit in (f'{COMMIT}-dirty', 'unknown'):
         runs = write_runs(tmp_path / commit, resolve('digits'), EPOCHS, commit=commit)
-        assert 'clean git checkout' in refusal(capsys, runs)
+        assert 'Commit the code' in refusal(capsys, runs)
     (tmp_path / 'empty').mkdir()
     assert 'there are no runs' in refusal(capsys, tmp_path / 'empty')
 

@@ -42,7 +42,7 @@ def test_page_needs_nothing_else(page):
 def test_page_shows_what_the_runs_did(page):
     text = html.unescape(re.sub('<[^>]*>', ' ', page.read_text()))
     assert '6 of 7 runs reached a top-1 accuracy of 0.98' in text
-    assert 'after 10.50 epochs on average (standard deviation 1.05, 9 to 12)' in text
+    assert 'after 10.50 epochs on average (sample standard deviation 1.05, 9 to 12)' in text
     for run in convergence.survey(page.parent)[0]:
         assert f'{run.directory.name}  {run.config["seed"]}  ' in text
     assert re.search('007 +[0-9]+ +MISSED +20', text)
