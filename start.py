@@ -50,22 +50,48 @@ def template(task: Any, optimizer: Any) -> TrainState:
     )
 
 
+def _template(config: Mapping[str, Any], plan: Plan, dataset: Dataset) -> TrainState:
+    task = ImageClassification(config, dataset.num_classes)
+    return template(task, optimizers.create(config, plan))
+
+
+def read_weights(
+    config: Mapping[str, Any], plan: Plan, dataset: Dataset
+) -> Mapping[str, Any] | None:
+    """The weights of `init_from`; None without it.
+
+    Raises:
+      CheckpointError: when it is no whole checkpoint of this model.
+    """
+    if config['init_from'] is None:
+        return None
+    path = Path(config['init_from'])
+    weights = checkpointing.read_weights(path)
+    checkpointing.with_weights(path, weights, _template(config, plan, dataset).variables)
+    return weights
+
+
 def read(
-    config: Mapping[str, Any], plan: Plan, dataset: Dataset, workdir: Path, log: EventLog
+    config: Mapping[str, Any],
+    plan: Plan,
+    dataset: Dataset,
+    workdir: Path,
+    log: EventLog,
+    weights: Mapping[str, Any] | None,
 ) -> Start:
     """Reads and judges what a run starts from; writes nothing.
+
+    Args:
+      config, plan, dataset, workdir, log: the run's.
+      weights: of `init_from`, if they have been read already.
 
     Raises:
       LogError: when the log is not that of this run up to the newest checkpoint.
       CheckpointError: when no checkpoint can be used, or `init_from` cannot.
     """
-    task = ImageClassification(config, dataset.num_classes)
-    state = template(task, optimizers.create(config, plan))
-    found = checkpointing.find(workdir / 'checkpoints', state)
+    template = _template(config, plan, dataset)
+    found = checkpointing.find(workdir / 'checkpoints', template)
     log.check(config, plan, found.step)
-    if found.tree is not None or config['init_from'] is None:
-        return Start(found)
-    path = Path(config['init_from'])
-    weights = checkpointing.read_weights(path)
-    checkpointing.with_weights(path, weights, state.variables)
+    if found.tree is None and weights is None:
+        weights = read_weights(config, plan, dataset)
     return Start(found, weights)

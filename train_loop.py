@@ -304,6 +304,10 @@ def train_and_evaluate(
         num_eval=dataset.num_eval,
         num_devices=jax.device_count(),
     )
+    is_new = not (workdir / 'config.json').exists()
+    weights = distributed.lead_does(
+        lambda: start.read_weights(config, plan, dataset) if is_new else None
+    )
     recorded = distributed.lead_does(lambda: work_directory.open_for(config, dataset, workdir))
     seed = distributed.seed_from_lead(config['seed'] if recorded is None else recorded)
     config = FrozenConfigDict(dict(config) | {'seed': seed})
@@ -313,7 +317,7 @@ def train_and_evaluate(
     status = ended[int(distributed.from_lead(np.int32(ended.index(log.status))))]
     if status:
         return Outcome.REACHED if status == 'success' else Outcome.MISSED
-    begin = distributed.lead_does(lambda: start.read(config, plan, dataset, workdir, log))
+    begin = distributed.lead_does(lambda: start.read(config, plan, dataset, workdir, log, weights))
     distributed.lead_does(lambda: work_directory.record(config, dataset, workdir))
 
     log.cache_clear(config['drop_page_cache'])

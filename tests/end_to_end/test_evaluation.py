@@ -72,6 +72,20 @@ def test_wrong_checkpoints_are_refused(trained, digits_dir, tmp_path):
     assert 'another model' in error
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf, 1e30])
+def test_a_checkpoint_that_has_diverged_is_no_result(trained, digits_dir, tmp_path, value):
+    """Neither values that are not finite, nor such that only the loss is not."""
+    tree, _ = checkpointing.read(newest(trained))
+    kernel = np.array(tree['variables']['params']['fc']['kernel'])
+    kernel[:] = np.where(np.indices(kernel.shape).sum(0) % 2, value, -value)
+    tree['variables']['params']['fc']['kernel'] = kernel
+    checkpointing.write(tmp_path / 'wild', tree, {})
+    error = run('main.py', '--mode=eval', f'--config.data_dir={digits_dir}',
+                f'--config.init_from={tmp_path / "wild"}', status=2)  # fmt: skip
+    assert 'not finite' in error
+    assert ('params/fc/kernel' if not np.isfinite(value) else 'eval_loss') in error
+
+
 def test_an_imported_checkpoint_starts_a_run(trained, digits_dir, tmp_path):
     """With the imported head where the classes are as many, else with a new one."""
     tree, _ = checkpointing.read(newest(trained))

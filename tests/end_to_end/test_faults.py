@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever ends a run, the same command goes on with it: real processes, real signals."""
 
+import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -47,6 +49,7 @@ def test_a_signal_saves_and_leaves_and_a_damaged_checkpoint_is_passed_over(
     data.write_bytes(content)
     assert run.run() == 1, run.said()
     assert f'{run.workdir / "checkpoints" / str(stopped)} is damaged' in run.said()
+    assert 'Traceback' not in run.said()
     assert previous < stopped
     assert_as_if_undisturbed(run, undisturbed)
 
@@ -101,10 +104,11 @@ def test_a_peer_that_dies_ends_a_process_that_nobody_supervises(program):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(program):
-    wild = THREE_EPOCHS | {'learning_rate': 1e30, 'warmup_epochs': 2, 'checkpoint_every_steps': 1}
+    wild = THREE_EPOCHS | {'learning_rate': 1e6, 'warmup_epochs': 1, 'checkpoint_every_steps': 1}
     run = program(**wild)
     assert run.run() == 3, run.said()
     assert 'is not finite at step' in run.said()
+    assert 'is good' not in run.said()
     step = int(run.said().partition('is not finite at step ')[2].partition(';')[0])
     kept = run.checkpoint()
     assert int(kept['step']) < step
@@ -133,8 +137,50 @@ def test_a_full_disk_does_not_end_the_run_and_is_reported(program, small_disk, u
     (run.workdir / 'config.json').write_text((undisturbed.workdir / 'config.json').read_text())
     assert run.run() == 1, run.said()
     assert 'a checkpoint could not be saved' in run.said()
+    assert 'Traceback' not in run.said()
+    assert len([x for x in run.said().splitlines() if 'No space' in x]) == run.said().count('saved')
     assert run.accuracies() == undisturbed.accuracies()
     (run.workdir / 'checkpoints').unlink()
+
+
+def fill_up(path):
+    with contextlib.suppress(OSError), path.open('ab', buffering=0) as file:
+        while True:
+            file.write(bytes(1000))
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_the_same_command_resumes(
+    program, small_disk, undisturbed
+):
+    run = program(**THREE_EPOCHS | {'checkpoint_every_steps': None, 'log_every_steps': 1})
+    run.workdir.symlink_to(small_disk)
+    run.start().until_said(TRAINING)
+    fill = small_disk / 'lock'  # A file that a run has, and does not read.
+    fill_up(fill)
+    assert run.wait() == 3, run.said()
+    said = run.said()
+    assert 'Traceback' not in said
+    assert 'error: the disk is full: ' in said
+    assert 'the same command then resumes' in said
+    os.truncate(fill, 0)
+    assert run.run() == 1, run.said()
+    assert run.accuracies() == undisturbed.accuracies()
+    assert accepted(run.workdir / 'mlperf.log') == accepted(undisturbed.workdir / 'mlperf.log')
+    run.workdir.unlink()
+
+
+@pytest.mark.parametrize('name', ['.', 'mlperf.log', 'metrics.jsonl', 'config.json'])
+def test_a_run_whose_files_are_deleted_does_not_end_well(program, name):
+    run = program(**THREE_EPOCHS).start()
+    run.until_said(TRAINING)
+    if name == '.':
+        shutil.rmtree(run.workdir, ignore_errors=True)
+    else:
+        (run.workdir / name).unlink()
+    assert run.wait() == 3, run.said()
+    assert 'Traceback' not in run.said()
+    assert str(run.workdir / name) in run.said() or name in run.said()
+    assert not run.events('run_stop')
 
 
 # When to kill: at a random moment after the start, or when it is seen to do something.

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,8 +36,11 @@ def newest(workdir):
 def metrics(workdir):
     """Every metric that is not a time."""
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    times = ('seconds', 'images_per_second', 'input_wait', 'eval_seconds', 'checkpoint_seconds')
-    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+    times = ('images_per_second', 'input_wait')
+    return [
+        {key: value for key, value in line.items() if key not in times and 'seconds' not in key}
+        for line in lines
+    ]
 
 
 def environment_with(**variables):
@@ -141,6 +145,118 @@ def test_a_strange_work_directory_is_left_alone(digits_dir, tmp_path):
 def test_a_work_directory_that_cannot_be_made_is_refused(digits_dir, tmp_path):
     (tmp_path / 'file').write_text('')
     assert 'cannot be written' in refused(run(tmp_path / 'file' / 'w', digits_dir))
+
+
+ONE_EPOCH = ('--config.seed=3', '--config.max_epochs=1')
+
+
+@pytest.fixture(scope='module')
+def corrected(digits_dir, tmp_path_factory):
+    """The work directory of a run of one epoch, and its output; two wrong commands came first."""
+    workdir = tmp_path_factory.mktemp('corrected') / 'w'
+    for wrong in ('image_size=9', f'init_from={workdir.parent}/none/checkpoints/3'):
+        text = refused(run(workdir, digits_dir, *ONE_EPOCH, f'--config.{wrong}'))
+        assert wrong.partition('=')[0] in text
+        assert not workdir.exists()
+    done = run(workdir, digits_dir, *ONE_EPOCH)
+    assert done.returncode == 1, done.stderr
+    return workdir, done.stdout
+
+
+def test_a_wrong_command_leaves_nothing_and_the_right_one_says_what_it_does(corrected):
+    workdir, said = corrected
+    lines = said.splitlines()
+    assert max(map(len, lines[: lines.index('compiling …')])) <= 80
+    for line in ('devices     1 × cpu', 'seed        3', 'start       new run'):
+        assert line in lines
+    assert lines[-1] == f'{workdir}: the target was missed'
+    assert 'compiled in ' in said
+
+
+@pytest.fixture
+def unfinished(corrected, tmp_path):
+    """A copy of its work directory, as if it had been killed before its last line of the log."""
+    workdir = tmp_path / 'w'
+    shutil.copytree(corrected[0], workdir)
+    lines = (workdir / 'mlperf.log').read_text().splitlines(keepends=True)
+    assert 'run_stop' in lines[-1]
+    (workdir / 'mlperf.log').write_text(''.join(lines[:-1]))
+    return workdir
+
+
+def contents(workdir):
+    return {p: p.is_file() and p.read_bytes() for p in sorted(workdir.rglob('*'))}
+
+
+def delete_the_log(workdir):
+    (workdir / 'mlperf.log').unlink()
+
+
+def cut_the_log(workdir):
+    lines = (workdir / 'mlperf.log').read_text().splitlines(keepends=True)
+    (workdir / 'mlperf.log').write_text(''.join(lines[: len(lines) // 2]))
+
+
+def set_the_clock_back(workdir):
+    log = workdir / 'mlperf.log'
+    *lines, last = log.read_text().splitlines(keepends=True)
+    time_ms = json.loads(last.partition(' ')[2])['time_ms']
+    log.write_text(''.join(lines) + last.replace(str(time_ms), str(time_ms + 86_400_000)))
+
+
+def forget_the_seed(workdir):
+    values = json.loads((workdir / 'config.json').read_text())
+    (workdir / 'config.json').write_text(json.dumps(values | {'seed': None}))
+
+
+def log_another_seed(workdir):
+    log = workdir / 'mlperf.log'
+    log.write_text(re.sub(r'("key": "seed", "value": )3', r'\g<1>4', log.read_text()))
+
+
+def put_another_models_checkpoint_there(workdir):
+    tree = newest(workdir)
+    del tree['variables']['params']['conv1']
+    checkpointing.write(workdir / 'checkpoints' / '99', tree, {})
+
+
+REASONS = {
+    delete_the_log: 'mlperf.log is missing or empty',
+    cut_the_log: 'there is a checkpoint of step 12',
+    set_the_clock_back: 'the clock was set back',
+    forget_the_seed: '"seed" is null',
+    log_another_seed: 'seed = 4, where this run writes seed = 3',
+    put_another_models_checkpoint_there: 'another model',
+}
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [delete_the_log, *(pytest.param(d, marks=pytest.mark.slow) for d in list(REASONS)[1:])],
+    ids=lambda damage: damage.__name__,
+)
+def test_a_run_does_not_resume_from_what_it_has_not_left(digits_dir, unfinished, damage):
+    damage(unfinished)
+    before = contents(unfinished)
+    assert REASONS[damage] in refused(run(unfinished, digits_dir, '--config.max_epochs=1'))
+    assert contents(unfinished) == before
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_damaged_metrics(digits_dir, unfinished, corrected):
+    """And with a newer checkpoint that is damaged."""
+    metrics_file = unfinished / 'metrics.jsonl'
+    content = bytearray(metrics_file.read_bytes())
+    content[5] ^= 0x80
+    metrics_file.write_bytes(bytes(content) + b'[]\n')
+    (unfinished / 'checkpoints' / '99').mkdir()
+    done = run(unfinished, digits_dir, *ONE_EPOCH)
+    assert done.returncode == 1, done.stderr
+    assert 'Traceback' not in done.stderr
+    assert 'resumed from step 12' in done.stdout
+    assert '2 damaged line(s) dropped' in done.stdout
+    assert f'{unfinished}/checkpoints/99 is damaged' in done.stdout
+    assert metrics(unfinished) == metrics(corrected[0])[1:]
 
 
 @pytest.mark.slow
