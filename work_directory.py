@@ -158,6 +158,8 @@ def _earlier(path: Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
     earlier, recorded = last.pop('earlier', []), last.get('dataset')
     if not isinstance(earlier, list) or not isinstance(recorded, dict):
         raise WorkDirectoryError(f'{path} is damaged: it names no data set; {remedy}')
+    if not isinstance(last.get('starts', 1), int):
+        raise WorkDirectoryError(f'{path} is damaged: "starts" is no number; {remedy}')
     theirs, ours = recorded.get('digest'), data['digest']
     if theirs and ours and theirs != ours:
         raise WorkDirectoryError(
@@ -182,7 +184,7 @@ def _commit() -> str:
 
 
 def record(config: Mapping[str, Any], dataset: Any, path: Path) -> None:
-    """Writes config.json and environment.json, which keeps those of earlier starts.
+    """Writes config.json and environment.json, which counts the starts and keeps earlier ones.
 
     Raises:
       WorkDirectoryError: the run has been trained on other data.
@@ -199,9 +201,12 @@ def record(config: Mapping[str, Any], dataset: Any, path: Path) -> None:
         'machine': machine.describe(),
         'dataset': _data(dataset),
     }
-    earlier = [e for e in _earlier(path / 'environment.json', _data(dataset)) if e != now]
+    earlier = _earlier(path / 'environment.json', _data(dataset))
+    starts = 1 + sum(last.pop('starts', 1) for last in earlier[-1:])
+    earlier = [start for start in earlier if start != now]
     _write(path / 'config.json', dict(config))
-    _write(path / 'environment.json', now | ({'earlier': earlier} if earlier else {}))
+    more = {'starts': starts} | ({'earlier': earlier} if earlier else {})
+    _write(path / 'environment.json', now | more)
 
 
 def check_still_there(path: Path) -> None:

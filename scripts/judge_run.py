@@ -43,7 +43,7 @@ def times(run: FinishedRun) -> str:
     text += f', of which {working:.1f} s of training, evaluation and checkpoints'
     starts = run.environment.get('starts', 1)
     if starts > 1:
-        text += f'; interrupted {starts - 1} times'
+        text += f'; interrupted {"once" if starts == 2 else f"{starts - 1} times"}'
     return f'{text}\nspeed      {rate:,.0f} images/s in that time'
 
 

@@ -12,7 +12,7 @@
 #   --config.NAME=VALUE  overrides a field of the configuration; python main.py --help lists them
 #
 # Sets up the environment first, and prepares the digits; other data sets are prepared by
-# scripts/download_dataset.sh. The last line is RESULT,NAME,SEED,SECONDS,USER,START. Exit status:
+# scripts/download_dataset.sh. The last line is RESULT,DATASET,SEED,SECONDS,USER,START. Exit status:
 # 0 target reached and log accepted, 1 not, 2 rejected before the start, 3 failed, 75 interrupted: the same
 # command resumes.
 set -euo pipefail
@@ -83,4 +83,4 @@ while kill -0 "$child" 2> /dev/null; do status=0; wait "$child" || status=$?; do
 trap - TERM INT
 [[ $status -ne 142 ]] || status=75 # It hung, and ended itself by SIGALRM.
 [[ $status -le 1 ]] || exit "$status"
-exec "$python" "$ROOT/scripts/judge_run.py" "$workdir" --name="$name"
+exec "$python" "$ROOT/scripts/judge_run.py" "$workdir"
