@@ -6,6 +6,7 @@ by Ctrl-C.
 """
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -33,23 +34,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='python -m data_preparation',
         description='Prepares and verifies datasets.',
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest='command', required=True)
+    add = functools.partial(commands.add_parser, allow_abbrev=False)
 
-    digits = commands.add_parser('digits', help='prepare the digits that scikit-learn carries')
-    cifar10 = commands.add_parser('cifar10', help='download and prepare CIFAR-10')
+    digits = add('digits', help='prepare the digits that scikit-learn carries')
+    cifar10 = add('cifar10', help='download and prepare CIFAR-10')
     cifar10.add_argument(
         '--from',
         dest='folder',
         type=folder,
         help='a folder train|test/CLASS/*.jpg, or a tar of one, instead of the download',
     )
-    imagenet = commands.add_parser('imagenet', help='prepare ILSVRC2012 from its two archives')
+    imagenet = add('imagenet', help='prepare ILSVRC2012 from its two archives')
     imagenet.add_argument('--archives_dir', type=folder, help='where the archives are, or go to')
     imagenet.add_argument('--url', help='the folder to download missing archives from')
     imagenet.add_argument('--sources', type=folder, help='JSON: checksums of other archives')
-    verify = commands.add_parser('verify', help='check a prepared dataset')
+    verify = add('verify', help='check a prepared dataset')
     verify.add_argument('name', choices=EVAL_SPLIT)
     verify.add_argument('--full', action='store_true', help='decode every image')
     verify.add_argument('--manifest', type=folder, help='compare with this one')
@@ -95,10 +96,14 @@ def run(arguments: argparse.Namespace) -> str:
 
 def main() -> int:
     """Runs one command and returns its exit status."""
+    arguments = parse_arguments()
     try:
-        print(run(parse_arguments()))
+        print(run(arguments))
     except (ValueError, OSError, DatasetError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        # A write that fails for want of space does not say where.
+        is_nameless = isinstance(error, OSError) and error.errno and not error.filename
+        where = f' (data_dir: {arguments.data_dir})' if is_nameless else ''
+        print(f'error: {error}{where}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('stopped; run the same command again to resume', file=sys.stderr)

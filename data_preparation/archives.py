@@ -153,6 +153,7 @@ def _fetch_rest(url: str, part: Path, size: int, bar: tqdm, user: str, password:
                         f'bytes: it is another file. Delete it: rm {shlex.quote(str(part))}'
                     )
                 file.write(chunk)
+                file.flush()  # A program that is killed has lost nothing then.
                 bar.update(len(chunk))
 
 

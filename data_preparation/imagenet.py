@@ -146,12 +146,11 @@ def _write_split(
 
 def _read_summary(path: Path) -> tuple[manifest.Summary, int]:
     """The summary of a shard and the bytes of its records, as `_write_shard` wrote them."""
-    values = files.read_json(path)
     try:
+        values = files.read_json(path)
         return manifest.Summary.from_json(values), int(values['bytes'])
     except (KeyError, TypeError, ValueError) as error:
-        remedy = f'Delete it: rm {shlex.quote(str(path))}'
-        raise ValueError(f'{path} is damaged: {error!r}. {remedy}') from error
+        raise ValueError(f'{path} is damaged. Delete it: rm {shlex.quote(str(path))}') from error
 
 
 def _write_shard(

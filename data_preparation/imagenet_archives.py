@@ -175,8 +175,7 @@ def index(split: str, path: Path, source: Source, work: Path) -> list[np.ndarray
     try:
         index = np.load(cache)
     except (ValueError, EOFError) as error:
-        remedy = f'Delete it: rm {shlex.quote(str(cache))}'
-        raise ValueError(f'{cache} is damaged: {error}. {remedy}') from error
+        raise ValueError(f'{cache} is damaged. Delete it: rm {shlex.quote(str(cache))}') from error
     shards = shard_utils.ShardConfig(num_shards=source.shards).get_number_shards(
         int(index['size'].sum(dtype=np.int64)), len(index)
     )

@@ -4,9 +4,11 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from data_preparation import cifar10, digits, imagenet, imagenet_archives, manifest
+from data_preparation.__main__ import parse_arguments
 from data_preparation.verify import verify
 from image_preprocessing import decode
 from records import DatasetError
@@ -27,6 +30,9 @@ from tests.ilsvrc_archives import (
     synthetic_jpeg,
     write_archives,
 )
+from tests.range_server import RangeServer, RawServer
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -324,13 +330,181 @@ def test_a_full_disk_is_said_and_the_finished_part_kept(tmp_path, known_beforeha
         subprocess.run(['umount', tmp_path / 'data'], check=True)
 
 
+def test_damage_in_an_unfinished_preparation_is_named_and_can_be_deleted(
+    tmp_path, sources, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(imagenet, '_write_metadata', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, sources)
+    work = tmp_path / 'data/imagenet2012/incomplete.5.1.0'
+    summary = next(work.glob('summaries/*.json'))
+    for path in (work / 'train.index.npy', summary):
+        for content in (b'', b'{}', b'[1]', path.read_bytes()[:-10]):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=rf'{path} is damaged.*rm {path}'):
+                prepare(tmp_path, sources)
+        path.unlink()
+    prepare(tmp_path, sources)
+    check(tmp_path, full=True)
+
+
+@pytest.mark.parametrize('name', ['digits', 'cifar10', 'imagenet'])
+def test_something_else_in_place_of_a_dataset_is_named(tmp_path, name):
+    folder = {
+        'digits': 'digits/1.0.0',
+        'cifar10': 'cifar10/3.0.2',
+        'imagenet': 'imagenet2012/5.1.0',
+    }
+    (tmp_path / folder[name]).mkdir(parents=True)
+    ended = command(name, f'--data_dir={tmp_path}')
+    assert f'{tmp_path / folder[name]} is not a prepared dataset' in ended
+    assert f'rm -r {tmp_path / folder[name]} && ' in ended
+
+
 # The command line.
 
 
-def test_errors_are_one_paragraph_and_exit_code_2(tmp_path):
-    command = [sys.executable, '-m', 'data_preparation', 'imagenet', f'--data_dir={tmp_path}']
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith('error: ')
-    assert 'ILSVRC2012_img_train.tar is missing' in ended.stderr
+def command(*arguments, status: int = 2, **options) -> str:
+    """Runs the command line; returns its last paragraph on stderr, which is no traceback."""
+    ended = subprocess.run(
+        [sys.executable, '-m', 'data_preparation', *map(str, arguments)],
+        capture_output=True, text=True, check=False, **options,
+    )  # fmt: skip
+    assert ended.returncode == status, ended.stderr
     assert 'Traceback' not in ended.stderr
+    said = ended.stderr.replace('\r', '\n').rpartition('error: ')[2]
+    assert status == 0 or said
+    return said
+
+
+def test_a_missing_archive_is_one_paragraph(tmp_path):
+    said = command('imagenet', f'--data_dir={tmp_path}')
+    assert said.startswith(f'{tmp_path}/downloads/manual/ILSVRC2012_img_train.tar is missing')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_place_of_the_data_folder_is_named(tmp_path):
+    path = tmp_path / 'file'
+    path.touch()
+    for name in ('digits', 'imagenet', 'verify digits'):
+        assert str(path) in command(*name.split(), f'--data_dir={path}')
+
+
+def test_a_data_folder_that_cannot_be_written_to_is_named(tmp_path):
+    small_disk(tmp_path / 'data', 1)
+    try:
+        subprocess.run(['mount', '-o', 'remount,ro', tmp_path / 'data'], check=True)
+        said = command('digits', f'--data_dir={tmp_path / "data"}')
+        assert 'Read-only file system' in said
+        assert str(tmp_path / 'data') in said
+    finally:
+        subprocess.run(['umount', tmp_path / 'data'], check=True)
+
+
+def test_a_full_disk_is_named_for_digits_too(tmp_path):
+    small_disk(tmp_path / 'data', 0.2)
+    try:
+        said = command('digits', f'--data_dir={tmp_path / "data"}')
+        assert 'No space left on device' in said
+        assert str(tmp_path / 'data') in said
+        assert not (tmp_path / 'data/digits/1.0.0').exists()
+    finally:
+        subprocess.run(['umount', tmp_path / 'data'], check=True)
+
+
+def test_a_full_disk_is_named_for_downloads_too(tmp_path, sources):
+    small_disk(tmp_path / 'data', 0.05)
+    archives = tmp_path / 'archives'
+    try:
+        with RangeServer({p.name: p.read_bytes() for p in archives.glob('*.tar')}, []) as server:
+            options = [f'--sources={archives}/sources.json', f'--url={server.url}']
+            said = command('imagenet', *options, f'--data_dir={tmp_path / "data"}')
+        assert 'No space left on device' in said
+        assert str(tmp_path / 'data') in said
+    finally:
+        subprocess.run(['umount', tmp_path / 'data'], check=True)
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        'imagenet --workers=0',
+        'imagenet --workers=-1',
+        'imagenet --workers=many',
+        'digits --from=x',
+        'digits --bogus',
+        'verify mnist',
+        'verify',
+        'verify digits --data_dir=~nobody-of-this-name/data',
+        '',
+        'mnist',
+    ],
+)
+def test_wrong_arguments_are_rejected(tmp_path, wrong):
+    assert command(*wrong.split(), cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_folder_and_paths_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for text, path in (('~/data', tmp_path / 'data'), ('data', tmp_path / 'data')):
+        monkeypatch.setattr(sys, 'argv', ['', 'digits', f'--data_dir={text}'])
+        assert parse_arguments().data_dir == path
+
+
+def test_ctrl_c_ends_with_130_and_the_next_run_resumes(tmp_path, sources):
+    archives, data_dir = tmp_path / 'archives', tmp_path / 'data'
+    arguments = ['imagenet', f'--sources={archives}/sources.json', f'--data_dir={data_dir}']
+    files = {path.name: path.read_bytes() for path in archives.glob('*.tar')}
+    train = files['ILSVRC2012_img_train.tar']
+    part = data_dir / 'downloads/manual/ILSVRC2012_img_train.tar.part'
+    answer = f'HTTP/1.1 200 OK\r\nContent-Length: {len(train)}\r\n\r\n'.encode() + train[:9000]
+    with RawServer([answer], hangs=True) as server:
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'data_preparation', *arguments, f'--url={server.url}'],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while not (part.exists() and part.stat().st_size == 9000):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == 'stopped; run the same command again to resume'
+    assert 'Traceback' not in said
+    with RangeServer(files, []) as server:
+        command(*arguments, f'--url={server.url}', status=0)
+    assert server.requests[0][0] == 'bytes=9000-'
+
+
+@pytest.mark.parametrize('script', ['download_dataset.sh', 'verify_dataset.sh'])
+@pytest.mark.parametrize(
+    'arguments',
+    ['digits --bogus', 'digits DIR more', 'mnist', 'imagenet --workers=0', 'digits --he'],
+)
+def test_scripts_reject_wrong_arguments_before_anything_is_set_up(tmp_path, script, arguments):
+    environment = os.environ | {'VENV': str(tmp_path / 'venv'), 'PYTHON': sys.executable}
+    ended = subprocess.run(
+        [ROOT / 'scripts' / script, *arguments.split()],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert 'error: ' in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('script', ['download_dataset.sh', 'verify_dataset.sh'])
+@pytest.mark.parametrize('arguments', ['', '-h', '--help', 'digits --help', 'imagenet DIR -h'])
+def test_scripts_print_their_help(tmp_path, script, arguments):
+    environment = os.environ | {'VENV': str(tmp_path / 'venv')}
+    said = subprocess.run(
+        [ROOT / 'scripts' / script, *arguments.split()],
+        capture_output=True, text=True, check=True, cwd=tmp_path, env=environment,
+    ).stdout  # fmt: skip
+    assert f'Usage: scripts/{script} {{digits | cifar10 | imagenet}} [DIR] [OPTION...]' in said
+    assert not list(tmp_path.iterdir())
