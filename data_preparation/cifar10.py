@@ -104,7 +104,7 @@ def prepare(data_dir: Path, source: Path | None = None) -> Path:
 
 def read_binary(archive: Path) -> dict[str, list]:
     """The examples of each split in the authors' archive, images as PNG; raises as `read_jpegs`."""
-    tar = files.open_tar(archive, MAX_TAR_BYTES)
+    tar = files.decompress(archive, MAX_TAR_BYTES)
     batches = {
         member.path: member.content.read()
         for member in files.tar_members(tar, str(archive), MAX_TAR_BYTES)
@@ -167,7 +167,7 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
                 raise ValueError(f'{str(path)!r} has an unusable name')
             yield path.relative_to(source).as_posix(), files.read(path, MAX_IMAGE_BYTES)
         return
-    tar = files.open_tar(source, MAX_TAR_BYTES)
+    tar = files.decompress(source, MAX_TAR_BYTES)
     for member in files.tar_members(tar, str(source), MAX_IMAGE_BYTES):
         if member.path.endswith('.jpg'):
             yield member.path, member.content.read()

@@ -51,8 +51,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f'{path} is damaged: not JSON ({error})') from error
 
 
-def decompress(path: Path, limit: int) -> bytes:
-    """The content of a file, without its gzip, bzip2 or xz compression if it has one.
+def decompress(path: Path, limit: int) -> IO[bytes]:
+    """The content of a file, in memory, without its gzip, bzip2 or xz compression if it has one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -62,16 +62,16 @@ def decompress(path: Path, limit: int) -> bytes:
     with path.open('rb') as file:
         magic = file.read(6)
     opener = next((o for start, o in DECOMPRESSORS.items() if magic.startswith(start)), open)
-    content = bytearray()
+    content = io.BytesIO()
     try:
         with opener(path, 'rb') as stream:
             while chunk := stream.read(CHUNK_BYTES):
-                content += chunk
-                if len(content) > limit:
+                if content.tell() + len(chunk) > limit:
                     raise ValueError(f'{path} has more than {limit:,} bytes inside')
+                content.write(chunk)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f'{path} is damaged or truncated: {error}') from error
-    return bytes(content)
+    return content
 
 
 def _require_regular(path: Path) -> None:
@@ -89,11 +89,6 @@ class Member(NamedTuple):
     offset: int
     size: int
     content: IO[bytes]
-
-
-def open_tar(path: Path, limit: int) -> IO[bytes]:
-    """A tar of at most `limit` bytes in memory, decompressed; raises as `decompress`."""
-    return io.BytesIO(decompress(path, limit))
 
 
 def tar_members(tar: IO[bytes], name: str, limit: int) -> Iterator[Member]:
