@@ -59,6 +59,12 @@ def _steps(text: str) -> tuple[int, int]:
     return int(first), int(stop)
 
 
+def _seconds(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text[:9]) == int(text)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number of seconds')
+    return int(text)
+
+
 def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Splits the command line into the program's own flags and the configuration's.
 
@@ -83,7 +89,7 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str
     parser.add_argument('--process_id', type=int, help='from 0; with --coordinator')
     parser.add_argument(
         '--start_timeout',
-        type=int,
+        type=_seconds,
         default=300,
         metavar='SECONDS',
         help='a process that has not joined the others by then ends the start (default: 300)',
@@ -205,6 +211,7 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any], warnings: list[str
     import distributed
     import evaluation
     import input_pipeline
+    import line_file
     import mlperf_log
     import train_loop
     import work_directory
@@ -217,7 +224,7 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any], warnings: list[str
         mlperf_log.LogError,
         distributed.StartError,
     )
-    failed = (input_pipeline.DataError, train_loop.NonFiniteError, checkpointing.SaveError)
+    failed = (input_pipeline.DataError, train_loop.NonFiniteError, line_file.SaveError)
     try:
         dataset = input_pipeline.find_dataset(config['dataset'], config['data_dir'])
         input_pipeline.check(config, dataset)
