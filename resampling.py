@@ -17,9 +17,14 @@ WEIGHT_BITS, FRACTION_BITS = 14, 8
 # Compiled once for all runs where the folder can be written to, else once a process.
 CACHE = os.access(os.path.dirname(os.path.abspath(__file__)), os.W_OK)
 
-SIGNATURE = (
-    'void(uint8[::1], int64, UniTuple(int64, 4), UniTuple(float64, 2), UniTuple(float64, 2), '
-    'boolean, uint8[:, :, ::1])'
+SIGNATURE = numba.void(
+    numba.types.Array(numba.uint8, 1, 'C', readonly=True),
+    numba.int64,
+    numba.types.UniTuple(numba.int64, 4),
+    numba.types.UniTuple(numba.float64, 2),
+    numba.types.UniTuple(numba.float64, 2),
+    numba.boolean,
+    numba.uint8[:, :, ::1],
 )
 
 
@@ -36,25 +41,27 @@ def sample(pixels, width, box, first, step, mirror, out):
         box: (y, x, height, width) of the part that is sampled, in pixels.
         first: where the first sample lies in the box, (y, x), not negative.
         step: from one sample to the next, (y, x), positive.
-        mirror: whether to exchange left and right.
+        mirror: whether the box is flipped left and right before it is sampled, so that its column c
+            is column width - 1 - c of the image's.
         out: uint8[h,w,3].
     """
     one = np.int32(1 << WEIGHT_BITS)
     excess, final = np.int32(WEIGHT_BITS - FRACTION_BITS), np.int32(WEIGHT_BITS + FRACTION_BITS)
     half, final_half = np.int32(1 << (excess - 1)), np.int32(1 << (final - 1))
     top, left, box_height, box_width = box
-    rows, columns = out.shape[0], out.shape[1]
+    rows, columns, last = out.shape[0], out.shape[1], box_width - 1
     # Each column's two neighbours, as unsigned offsets in a row (or every access would be checked
-    # for a negative index), and the right one's weight.
+    # for a negative index), and the far one's weight.
     near, far = np.empty(columns, np.uintp), np.empty(columns, np.uintp)
     weights = np.empty(columns, np.int32)
     for j in range(columns):
         coordinate = first[1] + j * step[1]
         low = int(coordinate)
-        place = columns - 1 - j if mirror else j
-        near[place] = 3 * min(low, box_width - 1)
-        far[place] = 3 * min(low + 1, box_width - 1)
-        weights[place] = np.int32((coordinate - low) * one + 0.5)
+        weights[j] = np.int32((coordinate - low) * one + 0.5)
+        low, high = min(low, last), min(low + 1, last)
+        if mirror:
+            low, high = last - low, last - high
+        near[j], far[j] = 3 * low, 3 * high
     # The last even and the last odd row that were needed, sampled along x.
     sampled = np.empty((2, 3 * columns), np.int32)
     held = np.full(2, -1)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixel arithmetic: equal to the official outputs, to float64 arithmetic, and to the definition."""
+"""Pixel arithmetic: equal to the official outputs, and to the specification in float64."""
 
 import json
 import math
+import struct
+import time
+import zlib
 from pathlib import Path
 
 import cv2
@@ -85,17 +88,104 @@ def test_very_large_and_very_long_images(height, width):
     assert_same_pixels(actual, old_grid(image, ys, xs))
 
 
+def flipped_then_resized(image, box, flip: bool, size: int) -> np.ndarray:
+    """The specification in float64: the crop is cut out, flipped, and only then resized."""
+    y, x, height, width = box
+    crop = image[y : y + height, x : x + width]
+    if flip:
+        crop = crop[:, ::-1]
+    steps = np.arange(size)
+    return old_grid(crop, steps * (height / size), steps * (width / size))
+
+
+def test_training_equals_the_official_outputs(official_outputs, imagenet_sample):
+    golden = np.load(official_outputs / 'train_preprocessing.npz')
+    for key in golden:
+        name, box, flip, size = key.split('/')
+        image = ip.decode((imagenet_sample / name).read_bytes())
+        box = tuple(map(int, box.split(',')))
+        actual = ip.crop_and_resize(image, box, flip=flip == '1', size=int(size))
+        assert_same_pixels(actual, golden[key])
+
+
+@pytest.mark.parametrize('flip', [False, True])
+@pytest.mark.parametrize(
+    'box',
+    [
+        (0, 0, 211, 317),
+        (0, 0, 100, 60),
+        (111, 257, 100, 60),
+        (0, 257, 9, 60),
+        (111, 0, 100, 7),
+        (40, 50, 1, 1),
+        (40, 50, 1, 200),
+        (40, 50, 150, 1),
+        (40, 50, 64, 64),
+        (210, 316, 1, 1),
+    ],
+)
+def test_crops_are_flipped_and_then_resized(box, flip):
+    image = ip.decode(simplejpeg.encode_jpeg(smooth_image(211, 317), quality=95))
+    for size in (1, 64, 224):
+        actual = ip.crop_and_resize(image, box, flip=flip, size=size)
+        assert_same_pixels(actual, flipped_then_resized(image, box, flip, size))
+
+
 @pytest.mark.parametrize('seed', range(20))
-def test_training_equals_float64_arithmetic_of_the_sampled_crop(seed):
+def test_training_resizes_the_sampled_crop(seed):
     image = smooth_image(300 + 7 * seed, 420 - 11 * seed)
     actual = ip.decode_and_random_crop(as_png(image), np.random.default_rng(seed), size=224)
     rng = np.random.default_rng(seed)
-    y, x, height, width = ip.sample_crop(*image.shape[:2], rng)
-    crop = image[y : y + height, x : x + width]
-    expected = old_grid(crop, np.arange(224) * (height / 224), np.arange(224) * (width / 224))
-    if rng.random() < 0.5:
-        expected = expected[:, ::-1]
-    assert_same_pixels(actual, expected)
+    box = ip.sample_crop(*image.shape[:2], rng)
+    assert_same_pixels(actual, flipped_then_resized(image, box, rng.random() < 0.5, 224))
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'box': (0, 0, 41, 50)}, 'not inside an image of height 40 and width 50'),
+        ({'box': (0, 1, 40, 50)}, 'not inside'),
+        ({'box': (-1, 0, 10, 10)}, 'not inside'),
+        ({'box': (0, 0, 0, 10)}, 'is empty'),
+        ({'box': (0, 0, 10, -3)}, 'is empty'),
+        ({'box': (0, 2**63, 10, 10)}, 'not inside'),
+        ({'box': (0, 0, 10)}, 'four integers'),
+        ({'box': (0, 0, 10.0, 10)}, 'four integers'),
+        ({'box': None}, 'four integers'),
+        ({'size': 0}, 'size=0'),
+        ({'size': -224}, 'size=-224'),
+        ({'image': np.zeros((40, 50), np.uint8)}, r'uint8\[40, 50\], not uint8'),
+        ({'image': np.zeros((40, 50, 4), np.uint8)}, 'not uint8'),
+        ({'image': np.zeros((40, 50, 3), np.float32)}, 'float32'),
+        ({'out': np.zeros((8, 8, 3), np.uint8)}, 'out is'),
+        ({'out': np.zeros((9, 9, 3), np.int8)}, 'out is'),
+        ({'out': np.zeros((9, 18, 3), np.uint8)[:, ::2]}, 'not a contiguous'),
+    ],
+)
+def test_what_cannot_be_cropped_is_rejected(change, message):
+    arguments = {'image': smooth_image(40, 50), 'box': (0, 0, 40, 50), 'size': 9, 'flip': True}
+    with pytest.raises(ValueError, match=message):
+        ip.crop_and_resize(**(arguments | change))
+
+
+def test_any_view_of_an_image_can_be_cropped():
+    image = smooth_image(40, 50)
+    read_only = image.copy()
+    read_only.flags.writeable = False
+    views = [read_only, np.asfortranarray(image), np.pad(image, ((0, 0), (3, 4), (0, 0)))[:, 3:-4]]
+    expected = ip.crop_and_resize(image, (3, 5, 20, 30), flip=True, size=16)
+    for view in views:
+        actual = ip.crop_and_resize(view, (3, 5, 20, 30), flip=True, size=16)
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize('size', range(1, 5))
+def test_tiny_central_crops_lie_in_the_image(size):
+    for side in range(1, 120):
+        image = np.full((side, side + 1, 3), 200, np.uint8)
+        for resize_min in (size, size + 1):
+            crop = ip.decode_and_center_crop(as_png(image), size=size, resize_min=resize_min)
+            assert (crop == 200).all()
 
 
 @pytest.mark.parametrize('subsampling', ['420', '422', '444', 'gray'])
@@ -153,10 +243,11 @@ def test_the_top_of_a_jpeg_equals_the_top_of_its_full_decoding(sampling, kind):
     image = cv2.resize(noise, (320, 200), interpolation=cv2.INTER_CUBIC)
     jpeg = cv2.imencode('.jpg', image, options)[1].tobytes()
     whole = simplejpeg.decode_jpeg(jpeg, 'RGB', fastdct=True)
-    height_at = ip._find_height(jpeg)
-    assert (height_at == 0) == (kind == 'progressive')
-    for rows in range(1, 197, 5) if height_at else ():
-        top = ip._decode_top(jpeg, height_at, rows)
+    frame = ip._find_frame(jpeg)
+    assert (frame.height, frame.width) == (200, 320)
+    assert frame.is_sequential == (kind != 'progressive')
+    for rows in range(1, 197, 5) if frame.is_sequential else ():
+        top = ip._decode_top(jpeg, frame, rows)
         assert len(top) < rows + 3
         np.testing.assert_array_equal(top[:rows], whole[:rows])
 
@@ -173,7 +264,7 @@ def test_greyscale_gives_three_equal_channels():
 
 
 @pytest.mark.parametrize('keep', [0.02, 0.3, 0.9, 0.999])
-def test_a_truncated_image_is_refused(keep):
+def test_a_truncated_image_is_rejected(keep):
     image = smooth_image(200, 300)
     for encoded in (simplejpeg.encode_jpeg(image), as_png(image)):
         with pytest.raises(ValueError):
@@ -181,7 +272,7 @@ def test_a_truncated_image_is_refused(keep):
 
 
 @pytest.mark.parametrize('keep', [0.5, 0.9, 0.999])
-def test_a_truncated_jpeg_is_refused_whatever_the_crop(keep):
+def test_a_truncated_jpeg_is_rejected_whatever_the_crop(keep):
     jpeg = simplejpeg.encode_jpeg(smooth_image(200, 300))
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -189,10 +280,107 @@ def test_a_truncated_jpeg_is_refused_whatever_the_crop(keep):
             ip.decode_and_random_crop(jpeg[: int(keep * len(jpeg))], rng, size=64)
 
 
-def test_what_is_no_image_is_refused():
+def test_what_is_no_image_is_rejected():
     for encoded in (b'', b'GIF89a' + bytes(50), b'\xff\xd8' + bytes(50), b'\x89PNG' + bytes(50)):
         with pytest.raises(ValueError):
             ip.decode(encoded)
+
+
+READERS = {
+    'decode': ip.decode,
+    'random crop': lambda e: ip.decode_and_random_crop(e, np.random.default_rng(3), size=64),
+    'central crop': lambda e: ip.decode_and_center_crop(e, size=64, resize_min=73),
+}
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+
+
+def claiming_png(height: int, width: int, pixels: bytes = bytes(100), extra: bytes = b'') -> bytes:
+    """An 8-bit greyscale PNG with any header."""
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0))
+    data = chunk(b'IDAT', zlib.compress(pixels, 9))
+    return ip.PNG_SIGNATURE + header + extra + data + chunk(b'IEND', b'')
+
+
+def claiming_jpeg(height: int, width: int, *, progressive: bool = False, scans: int = 1) -> bytes:
+    """A JPEG with any header, and its first scan repeated."""
+    options = [cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive)]
+    jpeg = bytearray(cv2.imencode('.jpg', smooth_image(16, 16), options)[1].tobytes())
+    at = ip._find_frame(jpeg).height_at
+    jpeg[at : at + 4] = struct.pack('>HH', height, width)
+    scan = jpeg.index(b'\xff\xda')
+    end = jpeg.index(b'\xff', scan + 2)
+    return bytes(jpeg[:scan] + jpeg[scan:end] * scans + jpeg[scan:])
+
+
+@pytest.mark.parametrize('reader', READERS)
+@pytest.mark.parametrize(
+    ('encoded', 'message'),
+    [
+        (claiming_jpeg(60000, 60000), 'its size is 60000×60000'),
+        (claiming_jpeg(60000, 1667), 'its size is 1667×60000'),
+        (claiming_jpeg(60000, 60000, progressive=True), 'its size is 60000×60000'),
+        (claiming_jpeg(60000, 60000)[:2] + bytes(9) + claiming_jpeg(60000, 60000)[2:], '60000×'),
+        (claiming_jpeg(0, 16), 'its size is 16×0'),
+        (claiming_jpeg(1000, 1000, progressive=True, scans=2000), '20.. scans of 1000×1000'),
+        (claiming_png(20000, 20000), 'its size is 20000×20000'),
+        (claiming_png(60000, 60000), 'its size is 60000×60000'),
+        (claiming_png(2**31 - 1, 2**31 - 1), 'its size is 2147483647×2147483647'),
+        (claiming_png(1, 1_000_001), 'its size is 1000001×1'),
+        (claiming_png(1_000_001, 1), 'its size is 1×1000001'),
+        (claiming_png(0, 5), 'its size is 5×0'),
+        (claiming_png(64, 64, pixels=bytes(10**8)), 'longer than the 64×64 of its header'),
+        (claiming_png(64, 64), 'broken image'),
+        (claiming_png(64, 64)[:-1], 'truncated PNG'),
+        (ip.PNG_SIGNATURE + chunk(b'IEND', b''), 'broken PNG'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_images_that_lie_about_themselves_are_rejected_at_once(reader, encoded, message):
+    before = time.process_time()
+    with pytest.raises(ValueError, match=message):
+        READERS[reader](encoded)
+    assert time.process_time() - before < 1
+
+
+def test_what_a_png_says_beside_its_pixels_is_not_read():
+    image = smooth_image(40, 50)
+    png, zipped = as_png(image), zlib.compress(bytes(10**8), 9)
+    extra = chunk(b'zTXt', b'a\0\0' + zipped) + chunk(b'iTXt', b'a\0\1\0\0\0' + zipped)
+    extra = chunk(b'iCCP', b'a\0\0' + zipped) + 100 * extra
+    before = time.process_time()
+    for reader in READERS.values():
+        np.testing.assert_array_equal(reader(png[:33] + extra + png[33:]), reader(png))
+    assert time.process_time() - before < 1
+
+
+def test_a_damaged_image_is_decoded_or_rejected():
+    """Thousands of random changes end in pixels or in ValueError."""
+    rng = np.random.default_rng(0)
+    image = smooth_image(37, 53)
+    options = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]
+    originals = [
+        simplejpeg.encode_jpeg(image),
+        cv2.imencode('.jpg', image, options)[1].tobytes(),
+        as_png(image),
+    ]
+    rejected = 0
+    for trial in range(3000):
+        damaged = bytearray(originals[trial % 3])
+        for _ in range(rng.integers(1, 5)):
+            # Half of the changes are in the headers.
+            end = len(damaged) if rng.random() < 0.5 else 700
+            at, length = int(rng.integers(0, min(end, len(damaged)))), int(rng.integers(1, 4))
+            kept = damaged[at + length :] if rng.random() < 0.2 else damaged[at:]
+            damaged[at:] = rng.bytes(length) + kept[length * (rng.random() < 0.7) :]
+        for reader in READERS.values():
+            try:
+                reader(bytes(damaged))
+            except ValueError:
+                rejected += 1
+    assert 1000 < rejected < 8000
 
 
 def test_results_go_to_the_given_memory():
