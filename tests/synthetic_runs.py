@@ -20,7 +20,7 @@ import mlperf_log
 from mlperf_log import EventLog
 from plan import Plan, make_plan
 
-EXAMPLES = {'digits': (1437, 360), 'imagenet2012': (1281167, 50000)}
+EXAMPLES = {'digits': (1437, 360), 'cifar10': (50000, 10000), 'imagenet2012': (1281167, 50000)}
 COMMIT = 'c0ffee' * 6 + 'beef'
 _seeds: Iterator[int] = itertools.count(1)
 

@@ -2,6 +2,8 @@
 """Reports: one file holds everything, true to its runs, legible on a phone and without colour."""
 
 import html
+import html.parser
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from reporting import charts, convergence
+from reporting import charts, convergence, markup
 from scripts import hyperparameter_table, report
 from tests.synthetic_runs import curve, plan_of, resolve, write_run, write_runs
 
@@ -54,6 +56,86 @@ def test_page_shows_what_the_runs_did(page):
     assert re.search('seed checker +yes', text)
     assert re.search('one experiment.* +yes', text)
     assert re.search('008/mlperf.log cannot be used: it is not whole', text)
+
+
+HOSTILE = (
+    "' onload='alert(1)", '</script><script>alert(1)</script>', "'", '&', '<svg onload=alert(1)>',
+    '"><img src=x onerror=alert(1)>', '</style>', '</svg>', '&lt;b&gt;', '$x_1$', '<!--', '--><b>',
+    '{x}', '%s', '<![CDATA[',
+)  # fmt: skip
+
+
+class Elements(html.parser.HTMLParser):
+    """The elements of a page with the names of their attributes, and all its texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[tuple[str, ...]] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, *(name for name, _ in attrs)))
+        self.texts += [value or '' for _, value in attrs]
+
+    def handle_endtag(self, tag):
+        self.found.append((f'/{tag}',))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def handle_comment(self, data):
+        self.found.append(('comment',))
+
+
+def page_with(folder, text) -> Elements:
+    """A page in which everything that a user, a machine or a log can say is that text."""
+    config = resolve('digits', org=text, platform=text, init_from=text, data_dir=text)
+    name = text.replace('/', '∕')  # No folder's name has a slash.
+    write_run(folder / f'1{name}', config, curve(config, 9), seed=1, commit=text, digest=text)
+    write_run(folder / f'2{name}', config, curve(config, 8), seed=2, commit=f'other{text}')
+    write_run(folder / f'3{name}', config, [0.4], seed=3)  # Left out, in words.
+    for path in folder.glob('*/environment.json'):
+        environment = json.loads(path.read_text())
+        environment |= {'python': text, 'system': text, 'device_kind': text, 'more': {text: text}}
+        environment['dataset']['name'] = text
+        environment['machine'] = {'processor': text, 'usable_cores': text, text: [text]}
+        environment['versions'] |= {'jax': text, text: text}
+        path.write_text(json.dumps(environment))
+    assert report.main([str(folder)]) == 0
+    elements = Elements()
+    elements.feed((folder / 'report.html').read_text(encoding='utf-8'))
+    elements.close()
+    return elements
+
+
+@pytest.fixture(scope='module')
+def harmless(tmp_path_factory):
+    return page_with(tmp_path_factory.mktemp('harmless'), 'harmless')
+
+
+@pytest.mark.parametrize('text', ['" onload="alert(1)', ''.join(HOSTILE)])
+def test_no_text_becomes_an_element_or_an_attribute(tmp_path, harmless, text):
+    """Whatever folders, configurations, environments, commits and logs say."""
+    found = page_with(tmp_path / 'runs', text)
+    assert found.found == harmless.found
+    assert found.texts.count(text) >= 8
+    assert any(f'longest run, 1{text.replace("/", "∕")}.' in label for label in found.texts)
+
+
+@pytest.mark.parametrize('text', [*HOSTILE, 'a\x1b[31m', 'a\u202e', '\x7f', 'a\0', '\udcff', 'ä\r'])
+def test_texts_stay_texts(text):
+    """Control characters, and names that are no UTF-8, are shown as codes."""
+    elements = Elements()
+    page = markup.element('p', text, 7, markup.element('b', text), class_=text, aria_label=text)
+    elements.feed(page.encode().decode())
+    elements.close()
+    assert elements.found == [('p', 'class', 'aria-label'), ('b',), ('/b',), ('/p',)]
+    shown = (
+        text
+        if text.isprintable()
+        else ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    )
+    assert ''.join(elements.texts) == f'{shown}{shown}{shown}7{shown}'
 
 
 def test_every_chart_is_in_the_page_and_a_png(page):
@@ -106,6 +188,16 @@ def test_single_work_directory_has_a_report(tmp_path):
     run = write_run(tmp_path / 'run', config, curve(config, 5))
     assert report.main([str(run), '--out', str(tmp_path / 'one.html')]) == 0
     assert '1 of 1 runs reached' in (tmp_path / 'one.html').read_text()
+
+
+def test_run_with_damaged_metrics_is_left_out_in_words(tmp_path):
+    config = resolve('digits')
+    runs = write_runs(tmp_path / 'runs', config, [5, 6])
+    (runs / '002' / 'metrics.jsonl').write_text('{"loss": 1}\n')
+    assert report.main([str(runs)]) == 0
+    text = (runs / 'report.html').read_text()
+    assert 'Left out: 1 that cannot be used' in text
+    assert re.search('line 1 of .*002/metrics.jsonl is damaged', text)
 
 
 def test_folder_without_runs_is_refused(tmp_path, capsys):
