@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import hyperparameters
+from tests import documented_commands
+from tests.documented_commands import Rejected
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), *ROOT.glob('tests/**/*.md')])
-CODE = re.compile(r'```sh\n(.*?)```|`([^`\n]+)`', re.S)
-
-
-def commands(document):
-    """Every command in a document, without its comment."""
-    for block, inline in CODE.findall(document.read_text()):
-        for line in (block or inline).splitlines():
-            line = line.split(' #')[0].strip()
-            if re.match(r'(scripts/\S+\.(sh|py)|python|pytest)( |$)', line):
-                yield line
+PROGRAMS = sorted([ROOT / 'main.py', *ROOT.glob('scripts/*.py'), *ROOT.glob('scripts/*.s*')])
+PROGRAMS = [path for path in PROGRAMS if path.name != 'lib.sh']
 
 
 def blocks(document):
@@ -42,14 +35,59 @@ def test_links_lead_somewhere(document):
             assert (document.parent / target).exists(), target
 
 
+def rejected(commands, judge) -> list[str]:
+    """Those that their own parsers, or the configuration they name, do not take."""
+    said = []
+    for command in commands:
+        try:
+            judge(documented_commands.words_of(command))
+        except Rejected as error:
+            said.append(f'{command}\n{error}')
+    return said
+
+
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_name_files_and_flags_that_exist(document):
-    for command in commands(document):
-        for word in shlex.split(command):
-            if re.fullmatch(r'(scripts|tests|configs|benchmarks)/[\w./]+\.(py|sh|sub)', word):
-                assert (ROOT / word).is_file(), command
-            flag = re.match(r'--config\.(\w+)=', word)
-            assert not flag or flag[1] == 'NAME' or flag[1] in hyperparameters.BY_NAME, command
+def test_every_command_is_one_that_its_program_takes(document):
+    commands = documented_commands.find(document.read_text())
+    assert not rejected(commands, documented_commands.judge)
+
+
+@pytest.mark.parametrize('program', PROGRAMS, ids=lambda path: path.name)
+def test_every_command_in_a_help_text_is_one_that_its_program_takes(program):
+    commands = list(documented_commands.find_in_help(program))
+    assert commands
+    assert not rejected(commands, documented_commands.judge)
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_fields_that_a_text_names_fit_a_configuration(document):
+    found = re.findall(r'`(--config\.[^`\n]+)`', document.read_text())
+    fields = [text for text in found if '=' in text and '.NAME' not in text]
+    assert not rejected(fields, documented_commands.judge_fields)
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        'python main.py --config=configs/imagenet.py --workdir=DIR --config.init_from=CHECKPOINT',
+        'python main.py --config=configs/imagenet.py --workdir=DIR --config.lars_epsilon=1e-7',
+        'scripts/run_and_time.sh configs/digits.py --config.batch_size=8',
+        'scripts/run_and_time.sh configs/nothing.py',
+        'scripts/run_and_time.sh configs/digits.py --gpus=none',
+        'python scripts/launch.py --cpus=N -- main.py --config=configs/digits.py',
+        'python scripts/run_seeds.py --config=configs/digits.py --runs=N --config.seed=1',
+        'python scripts/report.py',
+        'scripts/study_cifar10.sh --tiny',
+        'scripts/download_dataset.sh imagenet --from PATH',
+        'docker run resnet-jax scripts/run_and_time.sh --config.dtype=float8',
+        'sbatch --nodes=N scripts/slurm.sub configs/imagenet.py WORKDIR --config.momentum=2',
+        'python scripts/nothing.py',
+        'pytest tests/test_nothing.py',
+    ],
+)
+def test_a_wrong_command_would_be_found(command):
+    assert list(documented_commands.find(f'`{command}`')) == [command]
+    assert rejected([command], documented_commands.judge)
 
 
 def test_commands_marked_in_the_requirements_work():
