@@ -30,6 +30,7 @@ make_lock() {
         ${upgrade[@]+"${upgrade[@]}"} "${@:4}" "$1" --output-file "$2"
     body="$(grep -v '^#' "$2")"
     {
+        echo '# SPDX-License-Identifier: Apache-2.0'
         echo "# $3"
         echo "# Made from $1 by scripts/lock_requirements.sh; change that file, not this one."
         echo "$body"
@@ -38,8 +39,11 @@ make_lock() {
 }
 
 make_lock requirements-build.in requirements-build.txt 'pip and setuptools, which install the other locks.'
-make_lock requirements.in requirements-cpu.txt 'The program, without the CUDA wheels.'
+make_lock requirements.in requirements-cpu.txt 'Training and evaluation, without the CUDA wheels.'
 make_lock requirements-gpu.in requirements.txt \
-    'The program for NVIDIA GPUs, Volta (V100) and later: requirements-cpu.txt and the CUDA 12 wheels.' \
+    'Training on NVIDIA GPUs, Volta (V100) and later: requirements-cpu.txt and the CUDA 12 wheels.' \
     --constraint requirements-cpu.txt
-make_lock requirements-test.in requirements-test.txt 'Tools of the tests, on top of requirements-cpu.txt or requirements.txt.'
+make_lock requirements-tools.in requirements-tools.txt \
+    'Reports, conversion, data preparation, on top of requirements-cpu.txt or requirements.txt.'
+make_lock requirements-test.in requirements-test.txt \
+    'Tools of the tests, on top of requirements-tools.txt.'

@@ -4,8 +4,9 @@
 # Makes the virtual environment that the other scripts run in; does nothing when it is up to date.
 #
 # Usage: scripts/setup_env.sh [--cpu | --gpu] [--test]
-#   --cpu    the versions of requirements-cpu.txt
-#   --gpu    those of requirements.txt: the same and the CUDA 12 wheels (driver 525 or newer)
+#   --cpu    the versions of requirements-cpu.txt and requirements-tools.txt
+#   --gpu    those of requirements.txt, the same and the CUDA 12 wheels (driver 525 or newer), and
+#            requirements-tools.txt
 #            default: --gpu where nvidia-smi sees a GPU, else --cpu
 #   --test   the tools of requirements-test.txt as well and, with --cpu, PyTorch (requirements-torch.txt)
 #
@@ -33,17 +34,17 @@ done
 [[ -n "$lock" ]] || { if has_gpu; then lock=gpu; else lock=cpu; fi; }
 
 cd "$ROOT"
-main_lock=requirements-cpu.txt
+main_locks=(requirements-cpu.txt requirements-tools.txt)
 test_locks=(requirements-test.txt requirements-torch.txt)
 case "$lock" in
     cpu) ;;
-    gpu) main_lock=requirements.txt test_locks=(requirements-test.txt) ;;
+    gpu) main_locks=(requirements.txt requirements-tools.txt) test_locks=(requirements-test.txt) ;;
     *) die "LOCK is '$lock'; it can be cpu or gpu" ;;
 esac
 
 # A stamp tells what an environment was made from and where; without its stamp it counts as broken.
 stamp() {
-    cat requirements-build.txt "$main_lock" "$@" | sha256sum | cut -d' ' -f1
+    cat requirements-build.txt "${main_locks[@]}" "$@" | sha256sum | cut -d' ' -f1
     echo "$VENV"
 }
 holds() { # holds NAME LOCK...: is the stamp NAME there, and right?
@@ -72,7 +73,7 @@ if ! holds main; then
     python="$(find_python)"
     [[ ! -e "$VENV" || -f "$VENV/pyvenv.cfg" || -f "$VENV/unfinished" || -z "$(ls -A "$VENV")" ]] ||
         die "$VENV is there and is no virtual environment; move it away, or name another place: VENV=DIRECTORY $0"
-    echo "making $VENV from $("$python" -V) and $main_lock; this takes a minute or so"
+    echo "making $VENV from $("$python" -V) and ${main_locks[*]}; this takes a minute or so"
     rm -rf "$VENV.removing"
     [[ ! -e "$VENV" ]] || mv "$VENV" "$VENV.removing" # at once, so that no half of it is ever met
     mkdir "$VENV"
@@ -80,7 +81,9 @@ if ! holds main; then
     rm -rf "$VENV.removing"
     "$python" -m venv "$VENV" || die "cannot make $VENV; name another place: VENV=DIRECTORY $0"
     pip_install --require-hashes -r requirements-build.txt
-    pip_install --require-hashes --no-build-isolation -r "$main_lock"
+    for main_lock in "${main_locks[@]}"; do
+        pip_install --require-hashes --no-build-isolation -r "$main_lock"
+    done
     stamp > "$VENV/main.stamp"
     rm "$VENV/unfinished"
 fi

@@ -38,13 +38,15 @@ elif command -v buildah > /dev/null && command -v mmdebstrap > /dev/null && [[ "
     bud() { buildah --root "$storage/root" --runroot "$storage/run" --storage-driver vfs "$@"; }
     build() {
         local base container
-        base="$(awk '$1 == "FROM" {print $2}' Dockerfile)"
+        base="$(awk '$1 == "FROM" {sub(/@.*/, "", $2); print $2}' Dockerfile)"
+        sed 's/^\(FROM [^@]*\)@.*/\1/' Dockerfile > "$storage/Dockerfile" # The stand-in has another digest.
         mmdebstrap --quiet --variant=minbase --include=python3.11,python3.11-venv,ca-certificates \
             bookworm "$storage/base.tar"
         container="$(bud from scratch)"
         bud add --quiet "$container" "$storage/base.tar" / > /dev/null
         bud commit --quiet --rm "$container" "docker.io/library/$base" > /dev/null
-        bud build --isolation chroot --pull-never --build-arg "LOCK=$lock" --tag "$image" "${build_options[@]}" .
+        bud build --isolation chroot --pull-never --file "$storage/Dockerfile" --build-arg "LOCK=$lock" \
+            --tag "$image" "${build_options[@]}" .
         bud from --quiet --pull-never --name image "$image" > /dev/null
     }
     in_image() { bud run --isolation chroot image -- "$@"; }

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The locks hold what they should, for a V100 too; set-up installs them and mends what broke."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,7 @@ def read_lock(name: str) -> dict[str, str]:
     return locked
 
 
-@pytest.mark.parametrize('name', ['build', 'cpu', 'test'])
+@pytest.mark.parametrize('name', ['build', 'cpu', 'tools', 'test'])
 def test_every_version_is_exact_and_hashed(name):
     assert read_lock(f'requirements-{name}.txt')
 
@@ -71,15 +73,84 @@ def test_training_needs_no_other_framework():
     assert not others & read_lock('requirements.txt').keys()
 
 
-def test_test_tools_fit_the_program():
-    cpu = read_lock('requirements-cpu.txt')
-    shared = {p: v for p, v in read_lock('requirements-test.txt').items() if p in cpu}
-    assert shared == {package: cpu[package] for package in shared}
+@pytest.mark.parametrize(('lock', 'base'), [('tools', 'cpu'), ('test', 'cpu'), ('test', 'tools')])
+def test_locks_agree_on_what_they_share(lock, base):
+    ours, theirs = read_lock(f'requirements-{lock}.txt'), read_lock(f'requirements-{base}.txt')
+    shared = ours.keys() & theirs.keys()
+    assert {p: ours[p] for p in shared} == {p: theirs[p] for p in shared}
 
 
-def test_this_environment_is_the_locked_one():
-    locked = read_lock('requirements-cpu.txt')
+def test_training_locks_hold_no_tool():
+    lines = (ROOT / 'requirements-tools.in').read_text().splitlines()
+    tools = {line.split()[0].lower() for line in lines if not line.startswith(('#', '-'))}
+    assert tools <= read_lock('requirements-tools.txt').keys()
+    assert not tools & read_lock('requirements.txt').keys()
+
+
+@pytest.mark.parametrize('name', ['cpu', 'tools', 'test'])
+def test_this_environment_is_the_locked_one(name):
+    locked = read_lock(f'requirements-{name}.txt')
     assert {package: version(package) for package in locked} == locked
+
+
+def handles_absence(node: ast.AST) -> bool:
+    """Whether it is a `try` that goes on where a module is not installed."""
+    return isinstance(node, ast.Try) and any(
+        getattr(handler.type, 'id', '') in ('ImportError', 'ModuleNotFoundError')
+        for handler in node.handlers
+    )
+
+
+def imported_by(node: ast.AST) -> Iterator[str]:
+    """The modules, and perhaps names in them, that a file cannot do without."""
+    if isinstance(node, ast.Import):
+        yield from (name.name for name in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        yield from (f'{node.module}.{name.name}' for name in node.names)
+    for child in ast.iter_child_nodes(node):
+        if not (handles_absence(node) and child in node.body):
+            yield from imported_by(child)
+
+
+def our_file(module: str) -> Path | None:
+    """The file of a module of this repository; of a package if `module` is a name in it."""
+    path = ROOT.joinpath(*module.split('.'))
+    found = (path.with_suffix('.py'), path / '__init__.py', path.parent.with_suffix('.py'))
+    return next((file for file in found if file.is_file()), None)
+
+
+def packages_of(files: Iterable[Path]) -> dict[str, set[str]]:
+    """Each package that these files import, themselves or through others of ours, and by which."""
+    names = packages_distributions()
+    waiting, seen, packages = list(files), set(), {}
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for module in imported_by(ast.parse(file.read_text())):
+            top = module.partition('.')[0]
+            if ours := our_file(module):
+                waiting.append(ours)
+            elif top not in sys.stdlib_module_names and not (ROOT / top).is_dir():
+                for package in names.get(top, [top]):
+                    name = re.sub(r'[-_.]+', '-', package).lower()
+                    packages.setdefault(name, set()).add(str(file.relative_to(ROOT)))
+    return packages
+
+
+def test_training_imports_only_what_its_lock_holds():
+    locked = read_lock('requirements-cpu.txt')
+    assert {p: by for p, by in packages_of([ROOT / 'main.py']).items() if p not in locked} == {}
+
+
+def test_every_program_imports_only_what_the_locks_hold():
+    """But for PyTorch, without which the converter reads and writes .safetensors alone."""
+    locked = {**read_lock('requirements-cpu.txt'), **read_lock('requirements-tools.txt')}
+    folders = ('.', 'configs', 'data_preparation', 'models', 'reporting', 'scripts')
+    files = [file for folder in folders for file in (ROOT / folder).glob('*.py')]
+    missing = {p: by for p, by in packages_of(files).items() if p not in locked}
+    assert missing in ({}, {'torch': {'pytorch_checkpoint.py'}})
 
 
 @pytest.mark.slow
@@ -97,7 +168,7 @@ def small_repository(tmp_path):
     root = tmp_path / 'a repository'
     shutil.copytree(ROOT / 'scripts', root / 'scripts')
     lock = (ROOT / 'requirements-cpu.txt').read_text()
-    for name in ('cpu', 'test', 'build', 'torch'):
+    for name in ('cpu', 'tools', 'test', 'build', 'torch'):
         (root / f'requirements-{name}.txt').write_text('')
     packages = ['absl-py', 'six']
     entries = [re.search(rf'^{p}==(.*\\\n)*.*\n', lock, re.MULTILINE) for p in packages]
