@@ -97,7 +97,8 @@ def test_official_outputs_are_reproduced(expected, dtype):
     norms are 6e-4 off what the same graph gives in fp64, so these are held to 1e-3, in fp64 where
     our own noise is absent, and all norms together to 1e-4. Of running statistics the
     file has the sums over channels, some of which nearly cancel: in fp32 their error is taken
-    relative to the sum of the magnitudes, in fp64 to the sum itself.
+    relative to the sum of the magnitudes, in fp64 to the sum itself. They hold the biased variance,
+    as ours do; the official fused layers keep the unbiased one (tests/golden/README.md).
     """
     with jax.enable_x64(dtype is np.float64):
         evaluated, probabilities, value, gradients, running = outputs(expected, dtype)

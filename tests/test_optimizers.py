@@ -56,6 +56,8 @@ def test_lars_ratio_is_one_where_a_norm_is_zero():
 
 @pytest.mark.parametrize('name', ['bs4096', 'bs1632'])
 def test_schedule_equals_the_official_one(name):
+    # Made with steps per epoch rounded up, as plan.make_plan has them; the official default rounds
+    # down (tests/golden/README.md).
     golden = json.loads((GOLDEN / 'lr_schedule.json').read_text())[name]
     config = {
         'learning_rate': golden['base_learning_rate'],
