@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from mlperf_logging.mllog import constants
 
 from reporting.convergence import FinishedRun
 from reporting.markup import Markup, opening
@@ -146,16 +145,9 @@ def learning_rate(run: FinishedRun) -> Figure:
 
 
 def images_per_second(run: FinishedRun) -> list[tuple[float, float]]:
-    """The (last epoch, images per second) of every block of training, by the MLPerf log's times."""
-    images = run.logged(constants.TRAIN_SAMPLES)
-    return [
-        (
-            block['first_epoch_num'] + block['epoch_count'] - 1,
-            block['epoch_count'] * images / seconds,
-        )
-        for block, seconds in run.spans(constants.BLOCK_START, constants.BLOCK_STOP)
-        if seconds > 0
-    ]
+    """The (epoch, images per second) of training, without evaluations and pauses."""
+    lines = [line for line in run.metrics if 'images_per_second' in line]
+    return [(line['epoch'], line['images_per_second']) for line in lines]
 
 
 def throughput(runs: Sequence[FinishedRun]) -> Figure:
@@ -169,21 +161,18 @@ def throughput(runs: Sequence[FinishedRun]) -> Figure:
 
 def time_split(run: FinishedRun) -> Mapping[str, float]:
     """Seconds of a run between run_start and run_stop, by what they were spent on."""
-    lines = [line for line in run.metrics if 'seconds' in line]
-    waited = sum(line['input_wait'] * line['seconds'] for line in lines)
-    share = waited / max(sum(line['seconds'] for line in lines), 1e-9)
-
-    def total(start: str, stop: str) -> float:
-        return sum(seconds for _, seconds in run.spans(start, stop))
-
-    training = total(constants.BLOCK_START, constants.BLOCK_STOP)
+    lines = run.metrics
+    training = [line for line in lines if 'seconds' in line]
+    waiting = sum(line['input_wait'] * line['seconds'] for line in training)
     split = {
-        'waiting for input': share * training,
-        'training step': (1 - share) * training,
-        'evaluation': total(constants.EVAL_START, constants.EVAL_STOP),
-        'checkpoint': sum(line.get('checkpoint_seconds', 0.0) for line in run.metrics),
+        'waiting for input': waiting,
+        'training step': sum(line['seconds'] for line in training) - waiting,
+        'evaluation': sum(line.get('eval_seconds', 0.0) for line in lines),
+        'checkpoint': sum(line.get('checkpoint_seconds', 0.0) for line in lines),
     }
-    return split | {'other': max(60 * run.minutes - sum(split.values()), 0.0)}
+    working = run.working_seconds
+    split['other work'] = max(working - sum(split.values()), 0.0)
+    return split | {'pauses, start and end': max(60 * run.minutes - working, 0.0)}
 
 
 def time_bar(split: Mapping[str, float]) -> Figure:
@@ -191,7 +180,8 @@ def time_bar(split: Mapping[str, float]) -> Figure:
     figure, axes = _figure('seconds', '', height=1.7)
     styles: list[dict[str, Any]] = [
         {'color': '#ffffff', 'hatch': '\\\\\\'}, {'color': '#bdbdbd'}, {'color': '#5c5c5c'},
-        {'color': '#ffffff', 'hatch': '///'}, {'color': '#ffffff'},
+        {'color': '#ffffff', 'hatch': '///'}, {'color': '#bdbdbd', 'hatch': 'xxx'},
+        {'color': '#ffffff'},
     ]  # fmt: skip
     start = 0.0
     for (name, seconds), style in zip(split.items(), styles, strict=True):

@@ -8,9 +8,9 @@ known to be whole, of one run, and of this benchmark; and what sets runs apart f
 import dataclasses
 import itertools
 import json
-import math
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,9 +39,12 @@ _ENVIRONMENT: dict[str, Any] = {
 }
 # What is read of a line of metrics.jsonl, by what tells its kind.
 _METRICS = {
-    'loss': ('epoch', 'loss', 'learning_rate', 'input_wait', 'seconds', 'elapsed_seconds'),
-    'eval_loss': ('epoch', 'eval_loss', 'checkpoint_seconds', 'elapsed_seconds'),
-}
+    'loss': (
+        'epoch', 'loss', 'learning_rate', 'images_per_second', 'input_wait', 'seconds',
+        'elapsed_seconds',
+    ),
+    'eval_loss': ('epoch', 'eval_loss', 'eval_seconds', 'checkpoint_seconds', 'elapsed_seconds'),
+}  # fmt: skip
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -126,20 +129,15 @@ class FinishedRun:
         Raises:
           RunError: when metrics.jsonl does not tell.
         """
-        lines = self.metrics
+        lines, path = self.metrics, self.directory / 'metrics.jsonl'
         if not lines:
-            raise RunError(f'{self.directory / "metrics.jsonl"} is empty')
-        return lines[-1]['elapsed_seconds']
-
-    def spans(self, start: str, stop: str) -> list[tuple[Mapping[str, Any], float]]:
-        """The (metadata of the start, seconds) of every interval between two keys of the log."""
-        spans, begun = [], None
-        for event in self.events:
-            if event['key'] == start:
-                begun = event
-            elif event['key'] == stop and begun is not None:
-                spans.append((begun['metadata'], (event['time_ms'] - begun['time_ms']) / 1000))
-        return spans
+            raise RunError(f'{path} is empty')
+        working = lines[-1]['elapsed_seconds']
+        if working > 60 * self.minutes + 1:
+            raise RunError(
+                f'{path} has {working:.6g} s of work, more than the log of the whole run'
+            )
+        return working
 
     def logged(self, key: str) -> Any:
         """The value of the log's line with this key."""
@@ -149,15 +147,21 @@ class FinishedRun:
         return next(event for event in self.events if event['key'] == key)
 
 
+def _is_quantity(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
+
+
 def _metrics_of(line: str, where: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
-        (kind,) = _METRICS.keys() & values.keys()
-        numbers = [values[name] for name in _METRICS[kind]]
-        if not all(type(x) in (int, float) and math.isfinite(x) and x >= 0 for x in numbers):
-            raise ValueError('its values are no numbers from 0')
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f'{where} is damaged ({error})') from error
+    if not isinstance(values, dict):
+        raise RunError(f'{where} is damaged: it is no JSON object')
+    names = _METRICS['loss' if 'loss' in values else 'eval_loss']
+    wrong = [name for name in names if not _is_quantity(values.get(name))]
+    if wrong:
+        raise RunError(f'{where} is damaged: {", ".join(wrong)} must be numbers from 0')
     return values
 
 

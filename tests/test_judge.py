@@ -108,9 +108,20 @@ def test_starts_are_counted(tmp_path):
         assert 'earlier' not in environment
 
 
-@pytest.mark.parametrize(
-    'content', [None, '', 'x\n', '{}\n', '[]\n', '{"loss": NaN}\n', b'\xff\n', '[' * 10**5]
+LINE = (
+    '{"epoch": 1, "eval_loss": 1, "eval_seconds": 1, "checkpoint_seconds": 1, '
+    '"elapsed_seconds": %s}'
 )
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        None, '', 'x\n', '{}\n', '[]\n', '{"loss": NaN}\n', b'\xff\n', '[' * 10**5, LINE % '1e400',
+        LINE % ('9' * 4000), LINE % '-1', LINE % '"x"', LINE % '1e9',
+    ],
+    ids=range(13),
+)  # fmt: skip
 def test_work_that_is_not_known_is_not_made_up(run, capsys, content):
     metrics = run / 'metrics.jsonl'
     metrics.unlink()

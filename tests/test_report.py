@@ -162,13 +162,14 @@ def test_time_split_adds_up_to_the_run(page):
     run = convergence.survey(page.parent)[0][0]
     split = charts.time_split(run)
     assert sum(split.values()) == pytest.approx(60 * run.minutes)
-    # Of each epoch: a second of training, a quarter of it waiting; two of evaluation; a checkpoint.
+    # Of each epoch: a second of training, a quarter of it waiting; half a second of evaluation.
     epochs = EPOCHS[0]
     assert split['waiting for input'] == pytest.approx(0.25 * epochs)
     assert split['training step'] == pytest.approx(0.75 * epochs)
-    assert split['evaluation'] == pytest.approx(2 * epochs)
+    assert split['evaluation'] == pytest.approx(0.5 * epochs)
     assert split['checkpoint'] == pytest.approx(0.25 * epochs)
-    assert charts.images_per_second(run) == [(epoch, 1437) for epoch in range(1, epochs + 1)]
+    assert split['pauses, start and end'] == pytest.approx(60 * run.minutes - 1.75 * epochs)
+    assert [rate for _, rate in charts.images_per_second(run)] == [100.0] * epochs
 
 
 @pytest.mark.parametrize(
