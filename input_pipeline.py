@@ -15,7 +15,10 @@ import contextlib
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
+import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -139,10 +142,12 @@ class Images:
     def _blaming(self, index: int, where: str) -> Iterator[None]:
         try:
             yield
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(
-                f'{where}{self._records.name(int(index))} cannot be used: {error}; find all such '
-                f'records with: scripts/verify_dataset.sh {self._records.place} --full'
+                f'{where}{self._records.name(int(index))} cannot be used: {error}; '
+                f'{self._records.remedy}'
             ) from error
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
@@ -243,13 +248,42 @@ def _ahead(load, first: int, stop: int, config: Mapping[str, Any]) -> Iterator[A
     batches = grain.MapDataset.range(first, stop).map(load)
     options = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
     ahead = batches.to_iter_dataset(options)
-    if config['data_processes']:
-        if not flags.FLAGS.is_parsed():  # Grain's worker processes insist on absl's flags.
-            flags.FLAGS.mark_as_parsed()
-        ahead = ahead.mp_prefetch(
-            grain.MultiprocessingOptions(config['data_processes'], per_worker_buffer_size=1)
-        )
-    return iter(ahead)
+    if not config['data_processes']:
+        return iter(ahead)
+    if not flags.FLAGS.is_parsed():  # Grain's worker processes insist on absl's flags.
+        flags.FLAGS.mark_as_parsed()
+    processes = grain.MultiprocessingOptions(config['data_processes'], per_worker_buffer_size=1)
+    return _from_processes(iter(ahead.mp_prefetch(processes, _end_with_parent)))
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Makes this worker process end when its parent has ended, even by SIGKILL."""
+    del worker, workers
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name='watch the parent', daemon=True).start()
+
+
+def _from_processes(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yields what the worker processes make.
+
+    Raises:
+      DataError: a worker was killed, which Grain reports as a bare RuntimeError.
+    """
+    try:
+        yield from batches
+    except DataError:
+        raise
+    except RuntimeError as error:
+        raise DataError(
+            f'a decoding process ended ({error}); if it was killed for want of memory, which '
+            '/dev/shm is part of, use fewer: --config.data_processes'
+        ) from error
 
 
 def check(config: Mapping[str, Any], dataset: Dataset) -> None:

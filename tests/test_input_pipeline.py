@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches are a pure function of the seed and the position."""
 
+import itertools
+import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +175,73 @@ def test_a_broken_record_stops_with_its_name(digits_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(input_pipeline, 'decode', decode)
     with pytest.raises(DataError, match=r'(?s)record \d+.*train.*verify_dataset'):
         list(pipeline(digits_dir).train(0, 23))
+
+
+TRAINING = """
+import multiprocessing, sys, time
+from input_pipeline import Pipeline, Share, find_dataset
+from tests.harness import resolve
+
+if __name__ == '__main__':
+    config = resolve('digits', sys.argv[1], data_processes=2)
+    source = Pipeline(find_dataset('digits', sys.argv[1]), config, 5, Share(0, 64, 64))
+    batches = source.train(0, 10**9)
+    for _ in range(4):
+        next(batches)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != 'Z'
+
+
+@pytest.mark.slow
+def test_decoding_processes_end_with_the_training_process(digits_dir, tmp_path):
+    script = tmp_path / 'training.py'
+    script.write_text(TRAINING)
+    before = set(os.listdir('/dev/shm'))
+    training = subprocess.Popen(
+        [sys.executable, script, digits_dir],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[1])},
+    )
+    workers = [int(pid) for pid in training.stdout.readline().split()]
+    assert len(workers) == 2
+    assert all(map(is_running, workers))
+    shared_memory = set(os.listdir('/dev/shm')) - before
+    training.kill()
+    training.wait()
+    time.sleep(1)
+    assert not any(map(is_running, workers))
+    deadline = time.monotonic() + 10  # Python cleans shared memory up in a process of its own.
+    while (left := shared_memory & set(os.listdir('/dev/shm'))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+@pytest.mark.slow
+def test_a_killed_decoding_process_is_named(digits_dir):
+    batches = pipeline(digits_dir, data_processes=2).train(0, 10**9)
+    next(batches)
+    before = time.monotonic()
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r'exit code -9.*memory.*config.data_processes'):
+        list(itertools.islice(batches, 1000))
+    assert time.monotonic() - before < 10
+
+
+@pytest.mark.slow
+def test_a_broken_record_is_named_from_another_process(digits_dir, tmp_path):
+    data_dir = copy_of(digits_dir, tmp_path)
+    source = pipeline(data_dir, data_processes=2)
+    next(data_dir.glob('digits/**/*train*array_record*')).write_bytes(b'x' * 100_000)
+    with pytest.raises(DataError, match=r'digits-train.*verify_dataset.sh digits'):
+        next(source.train(0, 100))
