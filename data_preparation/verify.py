@@ -27,6 +27,8 @@ from records import EVAL_SPLIT, newest_version
 
 NAMED_ERRORS = 20
 MAX_LABELS_BYTES = 1 << 20
+# What becomes in Python of the C++ exceptions that ArrayRecord throws on damaged files.
+READER_ERRORS = (ValueError, RuntimeError, IndexError, OverflowError, MemoryError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +194,12 @@ def _read_shard(
     except OSError as error:
         shard.errors.append(f'{shard.path.name} cannot be read: {error.strerror}')
         return
-    reader = ArrayRecordReader(str(shard.path), 'readahead_buffer_size:0,max_parallelism:0')
-    if not reader.ok():
+    try:
+        reader = ArrayRecordReader(str(shard.path), 'readahead_buffer_size:0,max_parallelism:0')
+        is_readable = reader.ok()
+    except READER_ERRORS:
+        is_readable = False
+    if not is_readable:
         shard.errors.append(f'{shard.path.name} is truncated or no ArrayRecord file')
         return
     if reader.num_records() != length:
@@ -208,7 +214,7 @@ def _read_shard(
             record = Record.parse(reader.read([i])[0])
             where += f' ({record.name.decode()})' * bool(record.name)
             _check_record(record, metadata, full)
-        except (ValueError, RuntimeError) as error:
+        except READER_ERRORS as error:
             shard.errors.append(f'{where}: {error}')
         else:
             shard.summary.add(record)

@@ -357,6 +357,18 @@ def test_a_file_of_sources_that_is_no_json_is_named(tmp_path, content):
         imagenet_archives.read_sources(path)
 
 
+@pytest.mark.parametrize('size', [-tarfile.BLOCKSIZE, -1, 10**15])
+def test_a_member_of_an_impossible_size_is_named(size):
+    """A negative size leads back to the header, again and again."""
+    info, _ = member(NAME)
+    info.size = size
+    content = io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + bytes(2 * tarfile.BLOCKSIZE))
+    with pytest.raises(ValueError, match=rf'{NAME} in odd.tar has {size:,} bytes'):
+        list(files.tar_members(content, 'odd.tar', 100))
+    with pytest.raises(ValueError, match=r'odd.tar (has|is truncated)'):
+        list(files.tar_members(content, 'odd.tar', 10**16))
+
+
 def test_a_tar_of_too_many_files_is_named(monkeypatch):
     monkeypatch.setattr(files, 'MAX_MEMBERS', 3)
     content = io.BytesIO(tar([member(str(i), b'') for i in range(4)]))

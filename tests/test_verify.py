@@ -140,6 +140,20 @@ def test_real_imagenet_is_held_to_the_published_counts(tmp_path, prepared):
         verify('imagenet2012', tmp_path / 'data', full=False, manifest_file=None, workers=1)
 
 
+def test_ctrl_c_does_not_wait_for_the_shards_that_are_left(tmp_path, prepared, monkeypatch):
+    told_to_stop = []
+
+    def interrupted(shard, length, metadata, full, stop, bar):
+        if shard.path.name.endswith('00000-of-00004'):
+            raise KeyboardInterrupt
+        told_to_stop.append(stop.wait(20))
+
+    monkeypatch.setattr('data_preparation.verify._read_shard', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verify('imagenet2012', tmp_path / 'data', full=True, manifest_file=None, workers=1)
+    assert all(told_to_stop)
+
+
 # Damage of any kind: every file of the digits in every state.
 
 DIGITS_FILES = (
@@ -180,6 +194,7 @@ DAMAGE = {
     'empty': lambda path: os.truncate(path, 0),
     'half': lambda path: os.truncate(path, path.stat().st_size // 2),
     'without its last byte': lambda path: os.truncate(path, path.stat().st_size - 1),
+    'without its first block': lambda path: path.write_bytes(path.read_bytes()[1 << 16 :]),
     'longer': lambda path: path.write_bytes(path.read_bytes() + b'}'),
     'zeros': lambda path: path.write_bytes(bytes(path.stat().st_size)),
     'random': lambda path: path.write_bytes(random.Random(0).randbytes(path.stat().st_size)),
