@@ -48,6 +48,6 @@ def write(builder: tfds.core.DatasetBuilder) -> Path:
     tfds.disable_progress_bar()
     try:
         builder.download_and_prepare()
-    except RuntimeError as error:  # ArrayRecord's, whatever befalls a file
+    except RuntimeError as error:  # ArrayRecord's, for any failure to write
         raise OSError(f'{builder.data_dir} cannot be written: {error}') from error
     return Path(builder.data_dir)

@@ -5,7 +5,7 @@ Out comes `DATA_DIR/imagenet2012/5.1.0` with the file names, order, features and
 gives it, so that its own preparation can take this one's place; TensorFlow is not needed. Images
 are read straight from the archives, decoded once to see that they are whole, and written, a shard
 per thread. A shard gets its name when it is complete, and the folder gets its own when all are;
-a preparation that was stopped goes on with the shards that are missing.
+a preparation that was stopped resumes with the shards that are missing.
 """
 
 import concurrent.futures

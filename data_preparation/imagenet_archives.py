@@ -104,6 +104,11 @@ def fetch(url: str, archives_dir: Path, sources: dict[str, Source]) -> None:
     A server that asks for a name and a password gets those of the environment variables
     IMAGENET_USER and IMAGENET_PASSWORD. Raises as `download`.
     """
+    if '@' in url.partition('//')[2].partition('/')[0]:
+        raise ValueError(
+            'the URL must not have a user name and password in it; put them into the environment '
+            'variables IMAGENET_USER and IMAGENET_PASSWORD'
+        )
     user, password = (os.environ.get(f'IMAGENET_{v}', '') for v in ('USER', 'PASSWORD'))
     for source in sources.values():
         archive = source.archive

@@ -19,7 +19,7 @@ def no_waiting(monkeypatch):
 
 
 @pytest.mark.parametrize('ranges', [True, False])
-def test_a_broken_connection_is_taken_up_again(tmp_path, ranges):
+def test_a_broken_connection_is_resumed(tmp_path, ranges):
     content = np.random.default_rng(0).bytes(3_000_000)
     with RangeServer(content, [1_000_000, 500_000], ranges) as server:
         archives.download(f'{server.url}/file', tmp_path / 'file', len(content), 'me', 'secret')

@@ -148,7 +148,7 @@ def test_cifar_from_jpegs_keeps_their_bytes(tmp_path, packed):
         assert found[f'train/{name}/0000'] == (label, image)
 
 
-def test_cifar_from_a_folder_without_images_is_refused(tmp_path):
+def test_cifar_from_a_folder_without_images_is_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         cifar10.prepare(tmp_path / 'data', tmp_path)
 
@@ -207,7 +207,7 @@ def test_neither_workers_nor_shards_change_content_or_order(tmp_path, sources):
     assert digest[0] == digest[1]
 
 
-def test_an_interrupted_preparation_goes_on_where_it_stopped(tmp_path, sources, monkeypatch):
+def test_an_interrupted_preparation_resumes_where_it_stopped(tmp_path, sources, monkeypatch):
     written, original = [], imagenet._write_shard
 
     def stops_at_the_third(archive, descriptor, entries, path, *args, **kwargs):
@@ -275,7 +275,7 @@ def test_a_broken_image_in_an_archive_is_named_and_the_finished_part_kept(tmp_pa
     assert not (tmp_path / 'data/imagenet2012/5.1.0').exists()
 
 
-def test_an_unknown_class_is_refused(tmp_path):
+def test_an_unknown_class_is_rejected(tmp_path):
     train = {'n99999999_0.JPEG': synthetic_jpeg(0)}
     validation = {f'ILSVRC2012_val_{i:08d}.JPEG': synthetic_jpeg(i) for i in (1, 2)}
     facts = imagenet_archives.read_sources(
@@ -446,6 +446,13 @@ def test_a_full_disk_is_named_for_downloads_too(tmp_path, sources):
 )
 def test_wrong_arguments_are_rejected(tmp_path, wrong):
     assert command(*wrong.split(), cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_password_in_a_url_is_not_repeated(tmp_path):
+    said = command('imagenet', f'--data_dir={tmp_path}', '--url=https://me:secret@127.0.0.1:1/x')
+    assert 'environment variables IMAGENET_USER and IMAGENET_PASSWORD' in said
+    assert 'secret' not in said
     assert not list(tmp_path.iterdir())
 
 
