@@ -122,7 +122,7 @@ def _some(names: list[str]) -> str:
     return ', '.join(names[:_LISTED]) + more
 
 
-def _faults(state: Mapping[str, np.ndarray], model: str) -> list[tuple[int, str]]:
+def _problems(state: Mapping[str, np.ndarray], model: str) -> list[tuple[int, str]]:
     """Why `state` is not that model's, as (how many keys, what is wrong with them)."""
     head = state.get('fc.weight')
     classes = max(head.shape[0], 1) if head is not None and head.ndim == 2 else 1
@@ -167,8 +167,8 @@ def _impossible(state: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def identify(state: Mapping[str, np.ndarray]) -> str:
-    """The model of `models.NAMES` that fits best, by the number of keys that are at fault."""
-    return min(models.NAMES, key=lambda name: sum(count for count, _ in _faults(state, name)))
+    """The model of `models.NAMES` that fits best, by the number of keys that are at problem."""
+    return min(models.NAMES, key=lambda name: sum(count for count, _ in _problems(state, name)))
 
 
 def from_state_dict(state: Mapping[str, np.ndarray], model: str | None = None) -> dict[str, Any]:
@@ -187,9 +187,9 @@ def from_state_dict(state: Mapping[str, np.ndarray], model: str | None = None) -
     """
     nearest = '' if model else ', the nearest of the models here'
     model = model or identify(state)
-    faults = _faults(state, model)
-    if faults:
-        lines = '\n  '.join(text for _, text in faults)
+    problems = _problems(state, model)
+    if problems:
+        lines = '\n  '.join(text for _, text in problems)
         raise CheckpointError(f'the keys are not those of {model}{nearest}:\n  {lines}')
     impossible = _impossible(state)
     if impossible:

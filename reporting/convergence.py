@@ -209,14 +209,14 @@ def read_events(log: Path) -> list[dict[str, Any]]:
     """
     try:
         events = mlperf_log.read(log)
-        fault = check_events(events)
+        problem = check_events(events)
     except OSError as error:
         raise RunError(f'{log} cannot be read ({error.strerror})') from error
     except mlperf_log.LogError as error:
-        fault = str(error)
-    if fault:
+        problem = str(error)
+    if problem:
         ended = b'"run_stop"' in log.read_bytes()
-        raise (LogRejectedError if ended else RunError)(f'{log} cannot be used: {fault}')
+        raise (LogRejectedError if ended else RunError)(f'{log} cannot be used: {problem}')
     return events
 
 
@@ -355,13 +355,13 @@ def survey(directory: Path) -> tuple[list[FinishedRun], list[RunError]]:
             f'there are no runs in {directory}: it must hold work directories of main.py, such as '
             f'this makes:\n  {makes}'
         )
-    runs, faults = [], []
+    runs, problems = [], []
     for log in logs:
         try:
             runs.append(read_run(log.parent))
         except RunError as error:
-            faults.append(error)
-    return runs, faults
+            problems.append(error)
+    return runs, problems
 
 
 def read_runs(directory: Path) -> list[FinishedRun]:
@@ -370,9 +370,9 @@ def read_runs(directory: Path) -> list[FinishedRun]:
     Raises:
       RunError: when there is none, or one of them has not ended or cannot be used.
     """
-    runs, faults = survey(directory)
-    if faults:
-        raise faults[0]
+    runs, problems = survey(directory)
+    if problems:
+        raise problems[0]
     return runs
 
 
@@ -382,13 +382,13 @@ def differences(runs: Iterable[FinishedRun]) -> list[str]:
     Their hyperparameters, code version, data and seeds are compared.
     """
     first, *others = runs
-    faults = []
+    problems = []
     for run in (first, *others):
         starts = (*run.environment.get('earlier', ()), run.environment)
         commits = list(dict.fromkeys(start['commit'] for start in starts))
         if len(commits) > 1:
             versions = ', then '.join(commits)
-            faults.append(f'{run.directory.name} was run by several code versions: {versions}')
+            problems.append(f'{run.directory.name} was run by several code versions: {versions}')
     seen = {first.config['seed']: first.directory.name}
     for run in others:
         name = f'{run.directory.name} and {first.directory.name}'
@@ -403,24 +403,24 @@ def differences(runs: Iterable[FinishedRun]) -> list[str]:
             found.append(
                 f'data: {run.environment["dataset"]} there, {first.environment["dataset"]} here'
             )
-        faults += [f'{name} differ in {what}' for what in found]
+        problems += [f'{name} differ in {what}' for what in found]
         seed = run.config['seed']
         if seed in seen:
-            faults.append(f'{run.directory.name} and {seen[seed]} have the same seed {seed}')
+            problems.append(f'{run.directory.name} and {seen[seed]} have the same seed {seed}')
         seen[seed] = run.directory.name
-    return faults
+    return problems
 
 
-def refuse_mixture(runs: Sequence[FinishedRun]) -> None:
+def reject_mixture(runs: Sequence[FinishedRun]) -> None:
     """Checks that runs are repetitions of one experiment.
 
     Raises:
       RunError: listing what differs.
     """
-    faults = differences(runs)
-    if faults:
+    problems = differences(runs)
+    if problems:
         shown = '\n  '.join(
-            faults[:10] + ([f'… and {len(faults) - 10} more'] if faults[10:] else [])
+            problems[:10] + ([f'… and {len(problems) - 10} more'] if problems[10:] else [])
         )
         raise RunError(
             f'the runs in {runs[0].directory.parent} are not of one experiment:\n  {shown}\n'

@@ -38,7 +38,7 @@ def check(runs: Sequence[FinishedRun]) -> None:
       RunError: saying why they cannot.
     """
     folder = runs[0].directory.parent
-    convergence.refuse_mixture(runs)
+    convergence.reject_mixture(runs)
     missed = [run.directory.name for run in runs if not run.reached]
     if missed:
         raise RunError(
@@ -47,7 +47,7 @@ def check(runs: Sequence[FinishedRun]) -> None:
         )
     if len(runs) < SMALLEST_SET:
         raise RunError(
-            f'{folder} holds {len(runs)} runs; a reference point takes at least {SMALLEST_SET}. '
+            f'a reference point takes at least {SMALLEST_SET} runs; {folder} holds {len(runs)}. '
             f'This makes the others:\n  {convergence.repeat(runs[0], SMALLEST_SET, folder)}'
         )
     commit = runs[0].environment['commit']

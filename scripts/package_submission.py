@@ -49,17 +49,17 @@ def choose(runs: Sequence[FinishedRun], org: str, system: str) -> list[FinishedR
       RunError: naming everything that keeps them from being a result.
     """
     folder = runs[0].directory.parent
-    convergence.refuse_mixture(runs)
-    faults = []
+    convergence.reject_mixture(runs)
+    problems = []
     if len(runs) < RUNS_PER_RESULT:
-        faults.append(
+        problems.append(
             f'{len(runs)} of {RUNS_PER_RESULT} runs are there. This makes the others:\n    '
             + convergence.repeat(runs[0], RUNS_PER_RESULT, folder)
         )
     runs = runs[:RUNS_PER_RESULT]
     missed = [run.directory.name for run in runs if not run.reached]
     if len(missed) > 1:
-        faults.append(f'{len(missed)} runs missed their target ({", ".join(missed)}); one may')
+        problems.append(f'{len(missed)} runs missed their target ({", ".join(missed)}); one may')
     logged = [
         (run.logged(constants.SUBMISSION_ORG), run.logged(constants.SUBMISSION_PLATFORM))
         for run in runs
@@ -70,7 +70,7 @@ def choose(runs: Sequence[FinishedRun], org: str, system: str) -> list[FinishedR
             runs[0], RUNS_PER_RESULT, folder.with_name(f'{folder.name}-renamed'),
             f'--config.org={org}', f'--config.platform={system}',
         )  # fmt: skip
-        faults.append(
+        problems.append(
             f'{len(others)} of the logs are of --org={others[0][0]} --system={others[0][1]}, as '
             'given to main.py or run_seeds.py with --config.org and --config.platform. Package '
             f'them as such, or repeat the runs with other names:\n    {remedy}'
@@ -78,9 +78,9 @@ def choose(runs: Sequence[FinishedRun], org: str, system: str) -> list[FinishedR
     for run in runs:
         accepted, text = verdicts.complies(run.log)
         if not accepted and run.reached:
-            faults.append(f'{run.log} is rejected by the compliance checker:\n{text}')
-    if faults:
-        raise RunError(f'{folder} makes no submission yet:\n  ' + '\n  '.join(faults))
+            problems.append(f'{run.log} is rejected by the compliance checker:\n{text}')
+    if problems:
+        raise RunError(f'{folder} makes no submission yet:\n  ' + '\n  '.join(problems))
     return list(runs)
 
 

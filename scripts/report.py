@@ -154,16 +154,16 @@ def flat(values: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, Any
             yield f'{prefix}{name}', value
 
 
-def left_out(faults: Sequence[RunError]) -> Markup:
+def left_out(problems: Sequence[RunError]) -> Markup:
     """Why some runs are not in the report."""
-    if not faults:
+    if not problems:
         return Markup()
-    title = element('h2', f'Left out: {len(faults)} that cannot be used')
-    return join([title, *(element('pre', fault) for fault in faults)])
+    title = element('h2', f'Left out: {len(problems)} that cannot be used')
+    return join([title, *(element('pre', problem) for problem in problems)])
 
 
 def page(
-    runs: Sequence[FinishedRun], faults: Sequence[RunError], drawn: Mapping[str, Any]
+    runs: Sequence[FinishedRun], problems: Sequence[RunError], drawn: Mapping[str, Any]
 ) -> Markup:
     """The whole page."""
     first = runs[0]
@@ -191,7 +191,7 @@ def page(
         element('div', *shown, class_='charts'),
         element('h2', 'Verdicts'),
         verdict_table(judge(runs)),
-        left_out(faults),
+        left_out(problems),
         element('h2', 'Configuration'),
         element('div', table(config), class_='help'),
         element('h2', f'Environment of {first.directory.name}'),
@@ -221,14 +221,14 @@ def with_metrics(
     runs: Sequence[FinishedRun],
 ) -> tuple[list[FinishedRun], list[RunError]]:
     """The runs whose metrics can be drawn, and the errors of others."""
-    good, faults = [], []
+    good, problems = [], []
     for run in runs:
         try:
             _ = run.working_seconds
             good.append(run)
         except RunError as error:
-            faults.append(error)
-    return good, faults
+            problems.append(error)
+    return good, problems
 
 
 def main(arguments: list[str]) -> int:
@@ -242,17 +242,17 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     out = flags.out or flags.directory / 'report.html'
     try:
-        finished, faults = convergence.survey(flags.directory)
+        finished, problems = convergence.survey(flags.directory)
         runs, unknown = with_metrics(finished)
-        faults += unknown
+        problems += unknown
         if not runs:
-            raise faults[0]
+            raise problems[0]
         drawn = figures(runs)
         pictures = out.with_suffix('')
         pictures.mkdir(parents=True, exist_ok=True)
         for name, (_, figure) in drawn.items():
             charts.png(figure, pictures / f'{name}.png')
-        out.write_text(page(runs, faults, drawn), encoding='utf-8')
+        out.write_text(page(runs, problems, drawn), encoding='utf-8')
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

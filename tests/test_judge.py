@@ -162,9 +162,11 @@ def test_impossible_times_are_rejected_by_every_script(tmp_path, capsys, change)
     for script in ('rcps', 'package'):
         assert SCRIPTS[script]([str(runs)]) == 2
         assert '003/mlperf.log' in capsys.readouterr().err
-    finished, (fault,) = convergence.survey(runs)  # What the report shows, and what it leaves out.
+    finished, (problem,) = convergence.survey(
+        runs
+    )  # What the report shows, and what it leaves out.
     assert len(finished) == 9
-    assert isinstance(fault, convergence.LogRejectedError)
+    assert isinstance(problem, convergence.LogRejectedError)
 
 
 @pytest.mark.parametrize('lost', ['eval_accuracy', 'block_stop', 'opt_name', 'train_samples'])

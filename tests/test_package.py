@@ -36,7 +36,7 @@ def package(directory, *, org='us', system='desk', more=()) -> int:
     return package_submission.main([str(directory), f'--org={org}', f'--system={system}', *more])
 
 
-def refusal(capsys, *arguments, **flags) -> str:
+def rejection(capsys, *arguments, **flags) -> str:
     assert package(*arguments, **flags) == 2
     return capsys.readouterr().err
 
@@ -74,7 +74,7 @@ def test_what_is_missing_is_named_at_once(tmp_path, commit, capsys):
     for number in (3, 4):
         missed = [0.5] * len(plan_of(config).evaluations)
         write_run(runs / f'{number:03}', config, missed, commit=commit)
-    said = refusal(capsys, runs, org='them', system='laptop')
+    said = rejection(capsys, runs, org='them', system='laptop')
     assert '4 of 5 runs are there' in said
     assert '2 runs missed their target (003, 004)' in said
     assert '--config.org=them' in said
@@ -98,27 +98,27 @@ def test_results_are_not_chosen(runs, commit):
     assert [run.directory.name for run in chosen] == ['001', '002', '003', '004', '005']
 
 
-def test_mixed_runs_are_refused(runs, commit, capsys):
+def test_mixed_runs_are_rejected(runs, commit, capsys):
     config = resolve('digits', learning_rate=7.5, **DETAILS)
     write_run(runs / '006', config, curve(config, 2), commit=commit)
-    assert 'not of one experiment' in refusal(capsys, runs)
+    assert 'not of one experiment' in rejection(capsys, runs)
 
 
 def test_tree_that_is_there_is_left_alone(runs, capsys):
     (runs / 'submission' / 'us').mkdir(parents=True)
-    assert 'is there already' in refusal(capsys, runs)
+    assert 'is there already' in rejection(capsys, runs)
 
 
-def test_code_that_git_does_not_know_is_refused(tmp_path, commit, capsys):
+def test_code_that_git_does_not_know_is_rejected(tmp_path, commit, capsys):
     runs = write_runs(tmp_path / 'runs', resolve('digits', **DETAILS), EPOCHS, commit='0' * 40)
-    assert 'cannot be copied' in refusal(capsys, runs)
+    assert 'cannot be copied' in rejection(capsys, runs)
 
 
 def test_system_of_other_runs_is_not_described_from_this_machine(runs, capsys):
     for path in runs.glob('*/environment.json'):
         environment = json.loads(path.read_text()) | {'device_kind': 'NVIDIA H200'}
         path.write_text(json.dumps(environment))
-    assert 'another machine' in refusal(capsys, runs)
+    assert 'another machine' in rejection(capsys, runs)
 
 
 def test_description_is_of_this_machine(runs):

@@ -177,7 +177,7 @@ def test_torchvision_input_is_folded(convert, checkpoint, tmp_path):
 
 
 # What is done to a good file, and what the error must name.
-FAULTS = {
+PROBLEMS = {
     'missing': (lambda s: s.pop('layer2.0.bn1.running_var'), 'missing: layer2.0.bn1.running_var'),
     'extra': (lambda s: s.update(extra=s['fc.bias']), 'not known: extra'),
     'shape': (lambda s: s.update({'bn1.bias': s['fc.bias']}), 'bn1.bias [10] instead of [16]'),
@@ -213,10 +213,10 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('fault', FAULTS)
-def test_wrong_keys_are_named(tmp_path, fault):
+@pytest.mark.parametrize('problem', PROBLEMS)
+def test_wrong_keys_are_named(tmp_path, problem):
     """Missing, extra, wrong shape, wrong precision."""
-    spoil, expected = FAULTS[fault]
+    spoil, expected = PROBLEMS[problem]
     state = pytorch_checkpoint.to_state_dict(random_variables('resnet_digits'), step=0)
     spoil(state)
     safetensors.numpy.save_file(state, tmp_path / 'in.safetensors')
@@ -234,7 +234,7 @@ def test_wrong_architecture_is_named():
         pytorch_checkpoint.from_state_dict(state, 'resnet_digits')
 
 
-def test_bfloat16_is_refused(tmp_path):
+def test_bfloat16_is_rejected(tmp_path):
     """NumPy could not even read it."""
     import ml_dtypes
 
@@ -260,7 +260,7 @@ class Code:
         ([1, 2], 'holds no state dictionary'),
     ],
 )
-def test_pickles_of_anything_but_tensors_are_refused(tmp_path, content, expected):
+def test_pickles_of_anything_but_tensors_are_rejected(tmp_path, content, expected):
     torch = pytest.importorskip('torch')
     torch.save(content, tmp_path / 'in.pth')
     with pytest.raises(CheckpointError, match=expected):

@@ -20,12 +20,12 @@ def runs(tmp_path):
     return write_runs(tmp_path / 'runs', resolve('digits', platform='desk'), EPOCHS)
 
 
-def refusal(capsys, *arguments) -> str:
+def rejection(capsys, *arguments) -> str:
     assert make_rcps.main([str(argument) for argument in arguments]) == 2
     return capsys.readouterr().err
 
 
-def test_official_checker_accepts_our_runs_and_refuses_faster_ones(tmp_path, runs):
+def test_official_checker_accepts_our_runs_and_rejects_faster_ones(tmp_path, runs):
     assert make_rcps.main([str(runs)]) == 0
     folder = tmp_path / 'result'
     for epochs, expected in (([10, 11, 10, 12, 11], True), ([8, 8, 9, 8, 8], False)):
@@ -87,12 +87,12 @@ def test_statistics_are_the_official_ones(runs):
         ({'seed': 1000}, 'the same seed 1000'),
     ],
 )
-def test_runs_of_another_experiment_are_refused(tmp_path, capsys, change, named):
+def test_runs_of_another_experiment_are_rejected(tmp_path, capsys, change, named):
     runs = write_runs(tmp_path / 'runs', resolve('digits'), EPOCHS)
     write_run(runs / '011', resolve('digits'), curve(resolve('digits'), 10), seed=1000)
     config = resolve('digits', **change.pop('overrides', {}))
     write_run(runs / '012', config, curve(config, 10), **change)
-    said = refusal(capsys, runs)
+    said = rejection(capsys, runs)
     assert '012' in said
     assert re.search(named, said)
     assert not (runs / 'rcps.json').exists()
@@ -108,22 +108,22 @@ def test_what_is_about_the_machine_or_the_paperwork_may_differ(tmp_path):
 def test_unstable_recipe_makes_no_point(runs, capsys):
     config = resolve('digits')
     write_run(runs / '011', config, [0.5] * len(plan_of(config).evaluations))
-    assert '1 of 11 runs' in refusal(capsys, runs)
+    assert '1 of 11 runs' in rejection(capsys, runs)
 
 
 def test_unfinished_run_is_named(runs, capsys):
     write_run(runs / '011', resolve('digits'), [0.5])
-    assert '011/mlperf.log cannot be used: it is not whole' in refusal(capsys, runs)
+    assert '011/mlperf.log cannot be used: it is not whole' in rejection(capsys, runs)
 
 
 def test_few_runs_or_uncommitted_code_make_no_point(tmp_path, capsys):
     few = write_runs(tmp_path / 'few', resolve('digits'), EPOCHS[:9])
-    assert 'at least 10' in refusal(capsys, few)
+    assert 'at least 10' in rejection(capsys, few)
     for commit in (f'{COMMIT}-dirty', 'unknown'):
         runs = write_runs(tmp_path / commit, resolve('digits'), EPOCHS, commit=commit)
-        assert 'Commit the code' in refusal(capsys, runs)
+        assert 'Commit the code' in rejection(capsys, runs)
     (tmp_path / 'empty').mkdir()
-    assert 'there are no runs' in refusal(capsys, tmp_path / 'empty')
+    assert 'there are no runs' in rejection(capsys, tmp_path / 'empty')
 
 
 def test_two_batches_make_one_file(tmp_path, runs):

@@ -201,7 +201,7 @@ def test_run_with_damaged_metrics_is_left_out_in_words(tmp_path):
     assert re.search('line 1 of .*002/metrics.jsonl is damaged', text)
 
 
-def test_folder_without_runs_is_refused(tmp_path, capsys):
+def test_folder_without_runs_is_rejected(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert 'there are no runs' in capsys.readouterr().err
 
