@@ -9,13 +9,12 @@ import tensorflow_datasets as tfds
 from records import DatasetError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
-COMMANDS = {'imagenet2012': 'imagenet'}  # where the command is not called as the dataset
 
 
 def prepare_again(name: str, data_dir: Path, directory: Path) -> str:
     """The command that replaces a prepared dataset, as it can be pasted into a shell."""
     script = SCRIPTS / 'download_dataset.sh'
-    remove, prepare = ['rm', '-r', directory], [script, COMMANDS.get(name, name), data_dir]
+    remove, prepare = ['rm', '-r', directory], [script, name, data_dir]
     return ' && '.join(shlex.join(str(part) for part in command) for command in (remove, prepare))
 
 
