@@ -67,11 +67,12 @@ def run(arguments: argparse.Namespace) -> str:
     if arguments.command == 'digits':
         from data_preparation import digits
 
-        return f'prepared: {digits.prepare(arguments.data_dir)}'
+        return _prepared('digits', digits.prepare(arguments.data_dir), arguments.data_dir)
     if arguments.command == 'cifar10':
         from data_preparation import cifar10
 
-        return f'prepared: {cifar10.prepare(arguments.data_dir, arguments.folder)}'
+        directory = cifar10.prepare(arguments.data_dir, arguments.folder)
+        return _prepared('cifar10', directory, arguments.data_dir)
     if arguments.command == 'imagenet':
         from data_preparation import imagenet, imagenet_archives
 
@@ -92,6 +93,15 @@ def run(arguments: argparse.Namespace) -> str:
         manifest_file=arguments.manifest,
         workers=arguments.workers,
     )
+
+
+def _prepared(name: str, directory: Path, data_dir: Path) -> str:
+    """Sees to it that the digest of a small dataset is beside it, for runs to record."""
+    from data_preparation import manifest, verify
+
+    if not (directory / manifest.FILE_NAME).exists():
+        verify.verify(name, data_dir, full=False, manifest_file=None, workers=1)
+    return f'prepared: {directory}'
 
 
 def main() -> int:

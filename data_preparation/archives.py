@@ -218,7 +218,7 @@ def check(path: Path, archive: Archive, memory: Path) -> None:
 
 
 def progress(text: str, total: int, unit: str, done: int = 0) -> tqdm:
-    """A bar with the time left on a terminal, and a line now and then in a file.
+    """A bar with the time left on a terminal, and a line now and then in a file; after two seconds.
 
     Args:
         text: what is being done.
@@ -231,6 +231,7 @@ def progress(text: str, total: int, unit: str, done: int = 0) -> tqdm:
         desc=text,
         total=total,
         initial=done,
+        delay=2,
         unit=unit,
         unit_scale=unit == 'B',
         mininterval=interval,

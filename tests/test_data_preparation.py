@@ -20,7 +20,7 @@ from data_preparation import cifar10, digits, imagenet, imagenet_archives, manif
 from data_preparation.__main__ import parse_arguments
 from data_preparation.verify import verify
 from image_preprocessing import decode
-from records import DatasetError
+from records import DatasetError, find_dataset
 from tests.ilsvrc_archives import (
     CLASSES,
     CMYK_NAME,
@@ -515,3 +515,10 @@ def test_scripts_print_their_help(tmp_path, script, arguments):
     ).stdout  # fmt: skip
     assert f'Usage: scripts/{script} {{digits | cifar10 | imagenet}} [DIR] [OPTION...]' in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_small_dataset_is_prepared_with_the_digest_that_runs_record(tmp_path):
+    command = [sys.executable, '-m', 'data_preparation', 'digits', f'--data_dir={tmp_path}']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ''
+    assert find_dataset('digits', str(tmp_path)).digest
