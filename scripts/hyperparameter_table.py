@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
         return 2
     if flags.check:
         if new != text:
-            print(f'{flags.file} differs from the table; renew it: scripts/hyperparameter_table.py')
+            print(f'{flags.file} differs from the table; renew it: python {Path(__file__)}')
         return int(new != text)
     flags.file.write_text(new)
     return 0

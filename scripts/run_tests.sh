@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Sets up the environment, checks the code's form and types, and runs the tests, all on the CPU.
+# Sets up the environment, checks the code's format and types, and runs the tests, all on the CPU.
 #
 # Usage: scripts/run_tests.sh [--all] [ARGUMENT...]
 #   --all        the slow tests too: some 35 minutes on 2 cores
 #   ARGUMENT...  for pytest, such as tests/test_optimizers.py or -k lars
+#
+# Without ARGUMENT the fast tests run two files at a time; the slow ones use the machine alone.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-selection=(-m 'not slow')
+all=false
 case "${1:-}" in
-    --all) selection=(); shift ;;
+    --all) all=true; shift ;;
     -h | --help) print_help; exit ;;
 esac
 
@@ -34,6 +36,14 @@ check ruff format --check --quiet .
 check mypy --no-error-summary
 check shellcheck -x scripts/*.sh benchmarks/*.sh .ci/run
 check hadolint Dockerfile
-[[ ${#failed[@]} == 0 ]] || die "refused by ${failed[*]}, see above; ruff check --fix and ruff format mend what they can"
+[[ ${#failed[@]} == 0 ]] || die "rejected by ${failed[*]}, see above; ruff check --fix and ruff format fix what they can"
 
-exec python -m pytest ${selection[@]+"${selection[@]}"} "$@"
+if [[ $# -gt 0 ]]; then
+    selection=(-m 'not slow')
+    if "$all"; then selection=(); fi
+    exec python -m pytest ${selection[@]+"${selection[@]}"} "$@"
+fi
+status=0
+python -m pytest -m 'not slow' --numprocesses=2 --dist=loadfile || status=$?
+if "$all"; then python -m pytest -m slow || status=$?; fi
+exit "$status"

@@ -5,6 +5,7 @@ Tests that need real images are skipped where no environment variable names them
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import backend
 backend.set_xla_flags('--xla_force_host_platform_device_count=8')
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+# A shell's background jobs ignore SIGINT, and so would every program that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _path_named_by(variable: str, content: str) -> Path:

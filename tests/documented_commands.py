@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import io
+import os
 import re
 import runpy
 import shlex
@@ -98,36 +99,43 @@ def judge(words: list[str]) -> None:
     """
     program, *arguments = words
     name = Path(program).name
-    if name in ('docker', 'sbatch', 'mpirun'):
-        # What they start: the options before it are their own.
-        inner = [i for i, word in enumerate(arguments) if re.search(r'\.(sh|py|sub)$', word)]
-        if name == 'sbatch':
-            script, config, workdir, *fields = arguments[inner[0] :]
-            _exists(script)
-            judge(['main.py', f'--config={config}', f'--workdir={workdir}', *fields])
-        elif inner:
+    if name in ('docker', 'mpirun'):
+        # What they start; the options before it are their own.
+        inner = [i for i, word in enumerate(arguments) if re.search(r'\.(sh|py)$', word)]
+        if inner:
             judge(arguments[inner[0] :])
-    elif name in ('python', 'pytest') and arguments[:1] != ['-m']:
-        if name == 'python':
-            return judge(arguments)
+    elif name == 'sbatch':
+        script = next(i for i, word in enumerate(arguments) if word.endswith('.sub'))
+        _exists(arguments[script])
+        config, workdir, *fields = arguments[script + 1 :]
+        judge(['main.py', f'--config={config}', f'--workdir={workdir}', *fields])
+    elif name == 'pytest':
         for word in arguments:
             if word.startswith('tests/'):
                 _exists(word)
-    elif name == 'python':
+    elif name == 'python' and arguments[0] == '-m':
         _judge_module(arguments[1], arguments[2:])
-    elif name == 'tensorboard':
-        pass
-    elif name in _BY_PARSER:
+    elif name == 'python':
+        _judge_program(arguments[0], arguments[1:])
+    elif name != 'tensorboard':
+        if '/' in program and not os.access(_exists(program), os.X_OK):
+            raise Rejected(f'{program} is not executable; python {program}')
+        _judge_program(program, arguments)
+
+
+def _judge_program(program: str, arguments: list[str]) -> None:
+    """A program of this repository, by its path or, for those that are named alone, by its name."""
+    name = Path(program).name
+    if name in _BY_PARSER:
         _quietly(_BY_PARSER[name], arguments)
+        return
+    file = _exists(program if '/' in program else f'scripts/{program}')
+    if file.suffix == '.py':
+        _until_parsed(program, runpy.run_path, arguments)
+    elif name in ('run_and_time.sh', 'download_dataset.sh', 'verify_dataset.sh'):
+        _judge_shell(name, arguments)
     else:
-        file = _exists(program if '/' in program else f'scripts/{program}')
-        if file.suffix == '.py':
-            _until_parsed(str(file), runpy.run_path, arguments)
-        elif name in ('run_and_time.sh', 'download_dataset.sh', 'verify_dataset.sh'):
-            _judge_shell(name, arguments)
-        else:
-            _judge_by_help(file, arguments)
-    return None
+        _judge_by_help(file, arguments)
 
 
 def _exists(path: str) -> Path:
@@ -208,7 +216,7 @@ def _until_parsed(program: str, run: Callable, arguments: list[str]) -> None:
             mock.patch.object(sys, 'path', [str(ROOT), *sys.path]),
             contextlib.suppress(_Parsed),
         ):
-            run(program, run_name='__main__')
+            run(str(ROOT / program) if '/' in program else program, run_name='__main__')
         return 0
 
     _quietly(start, arguments)
