@@ -5,10 +5,9 @@ A configuration and its overrides go in, sentences come out. The reference conve
 read from mlperf-logging, which carries them for its checker.
 """
 
-import importlib.util
+import importlib.resources
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 BENCHMARK = {'model': 'resnet50', 'dataset': 'imagenet2012', 'optimizer': 'lars'}
@@ -54,9 +53,8 @@ def warnings(
 
 def reference_points() -> dict[int, dict[str, Any]]:
     """The official reference convergence points' hyperparameters, by batch; one for each batch."""
-    package = importlib.util.find_spec('mlperf_logging')
-    folder = Path(package.submodule_search_locations[0])
-    points = json.loads((folder / POINTS).read_text()).values()
+    file = importlib.resources.files('mlperf_logging') / POINTS
+    points = json.loads(file.read_text()).values()
     return {
         point['BS']: {
             NAMES[key]: value for key, value in point['Hyperparams'].items() if key in NAMES

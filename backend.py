@@ -12,8 +12,8 @@ import os
 CPU_FLAGS = ('--xla_cpu_experimental_ynn_fusion_type=',)
 # Only kernels whose result does not depend on the order in which threads happen to run.
 DETERMINISTIC_GPU_FLAGS = ('--xla_gpu_exclude_nondeterministic_ops=true',)
-# Sums over GPUs in one fixed order: NCCL otherwise chooses an algorithm by size and topology, and on
-# Hopper adds in the switches (NVLS), in an order that is theirs. What the caller has set stays.
+# Sums over GPUs in one fixed order: NCCL otherwise chooses an algorithm by size and topology, and
+# on Hopper adds in the switches (NVLS), in an order that is theirs. What the caller has set stays.
 DETERMINISTIC_NCCL = {'NCCL_ALGO': 'Ring', 'NCCL_NVLS_ENABLE': '0'}
 
 

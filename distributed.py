@@ -59,14 +59,14 @@ def initialize(
       StartError: when they cannot join, an argument is missing, or JAX cannot start its devices.
         When one does not appear in time this process prints an error and ends with status 2.
     """
-    given = [argument is not None for argument in (coordinator, num_processes, process_id)]
-    if any(given) and not all(given):
+    given = coordinator is not None
+    if given != (num_processes is not None) or given != (process_id is not None):
         raise StartError(
             '--coordinator, --num_processes and --process_id belong together; give all'
         )
-    if any(given):
+    if coordinator is not None and num_processes is not None and process_id is not None:
         _check_place(coordinator, num_processes, process_id)
-    if any(given) or _in_cluster():
+    if given or _in_cluster():
         _join(coordinator, num_processes, process_id, timeout)
     try:
         platform = jax.default_backend()

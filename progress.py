@@ -6,6 +6,7 @@ feeds back into the run.
 """
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -137,7 +138,9 @@ class Progress:
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         assert self._file
         elapsed = self._elapsed + time.monotonic() - self._started
-        line = {'step': step, 'epoch': round(self._plan.epoch(step), 4)} | dict(values)
+        line: dict[str, Any] = {'step': step, 'epoch': round(self._plan.epoch(step), 4)}
+        # An evaluation's loss may overflow in half precision, which JSON cannot say.
+        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(line | {'elapsed_seconds': elapsed}))
         self._events.write(step, values)
 

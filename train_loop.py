@@ -225,11 +225,6 @@ class Run:
         result = self.evaluate()
         if result is None:
             return None
-        if not np.isfinite(result['eval_loss']):
-            raise NonFiniteError(
-                f'the loss ({result["eval_loss"]}) of the evaluation at step {self.step} is not '
-                f'finite. {_DIVERGED}'
-            )
         # If a run was killed here, the log holds what it had found, and that counts.
         result['eval_top1'] = self.log.eval_stop(evaluation, result['eval_top1'])
         result |= {'eval_seconds': time.monotonic() - before, 'checkpoint_seconds': saving}

@@ -9,6 +9,7 @@ checkpoint.
 """
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -29,14 +30,14 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float | None):
-        self._seconds = seconds
+        self._seconds = math.inf if seconds is None else seconds
         self._doing = 'starting'
         self._idle = 0.0
         self._stopped = threading.Event()
 
     def start(self) -> None:
         """Starts to watch the calling thread's work."""
-        if self._seconds is None:
+        if self._seconds == math.inf:
             return
         watched = threading.get_ident()
         threading.Thread(target=self._watch, args=(watched,), name='watchdog', daemon=True).start()

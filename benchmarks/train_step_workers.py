@@ -41,6 +41,7 @@ class Ours:
             'log_every_steps': case['log_every'],
             'data_dir': case['data_dir'] or 'data',
             'deterministic': case['deterministic'],
+            'division': 'open',
             'seed': 1,
         }
         folder = tempfile.TemporaryDirectory()

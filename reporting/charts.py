@@ -101,7 +101,7 @@ def loss(runs: Sequence[FinishedRun]) -> Figure:
     points = defaultdict(list)
     for run in runs:
         for line in run.metrics:
-            if 'eval_loss' in line:
+            if line.get('eval_loss') is not None:
                 points[line['epoch']].append(line['eval_loss'])
     kept = sorted(x for x, ys in points.items() if 2 * len(ys) >= len(runs))
     medians = [statistics.median(points[x]) for x in kept]

@@ -43,7 +43,7 @@ _METRICS = {
         'epoch', 'loss', 'learning_rate', 'images_per_second', 'input_wait', 'seconds',
         'elapsed_seconds',
     ),
-    'eval_loss': ('epoch', 'eval_loss', 'eval_seconds', 'checkpoint_seconds', 'elapsed_seconds'),
+    'eval_loss': ('epoch', 'eval_seconds', 'checkpoint_seconds', 'elapsed_seconds'),
 }  # fmt: skip
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,6 +160,8 @@ def _metrics_of(line: str, where: str) -> dict[str, Any]:
         raise RunError(f'{where} is damaged: it is no JSON object')
     names = _METRICS['loss' if 'loss' in values else 'eval_loss']
     wrong = [name for name in names if not _is_quantity(values.get(name))]
+    if values.get('eval_loss') is not None and not _is_quantity(values['eval_loss']):
+        wrong.append('eval_loss')  # None: it was not finite.
     if wrong:
         raise RunError(f'{where} is damaged: {", ".join(wrong)} must be numbers from 0')
     return values

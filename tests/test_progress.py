@@ -125,6 +125,21 @@ def test_damaged_line_of_metrics_costs_that_line(tmp_path, capsys, metrics, dama
         assert 'metrics.jsonl: 1 damaged line(s) dropped' in capsys.readouterr().out
 
 
+def test_an_evaluation_whose_loss_overflows_is_recorded_without_it(tmp_path, capsys):
+    """Its accuracy counts all the same, and what is written stays JSON."""
+    shown = progress.Progress(tmp_path, DIGITS, 0)
+    shown.evaluation(12, 1, EVALUATION | {'eval_loss': float('nan')})
+    (line,) = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+
+    def strict(constant):
+        raise ValueError(constant)
+
+    values = json.loads(line, parse_constant=strict)
+    assert values['eval_loss'] is None
+    assert values['eval_top1'] == EVALUATION['eval_top1']
+    assert 'loss nan' in capsys.readouterr().out
+
+
 def test_metrics_after_the_step_are_dropped(tmp_path, metrics):
     (tmp_path / 'metrics.jsonl').write_bytes(b''.join(metrics) + b'{"step": 4, "lo')
     progress.Progress(tmp_path, DIGITS, 3).close()

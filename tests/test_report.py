@@ -253,3 +253,18 @@ def test_readme_that_differs_from_the_table_is_noticed(tmp_path, capsys):
     readme.write_text('no markers')
     assert hyperparameter_table.main(['--check', str(readme)]) == 2
     assert 'must have the line' in capsys.readouterr().err
+
+
+def test_an_evaluation_loss_that_is_not_known_is_left_out(tmp_path):
+    folder = write_runs(tmp_path / 'runs', resolve('digits'), [5, 6])
+    path = folder / '001' / 'metrics.jsonl'
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    evaluations = [line for line in lines if 'eval_loss' in line]
+    evaluations[0]['eval_loss'] = None
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    runs = convergence.read_runs(folder)
+    assert charts.loss(runs).axes
+    evaluations[0]['eval_loss'] = 'x'
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    with pytest.raises(convergence.RunError, match='eval_loss must be'):
+        _ = convergence.read_run(folder / '001').metrics
