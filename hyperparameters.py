@@ -15,8 +15,8 @@ from typing import Any
 from ml_collections import FrozenConfigDict
 
 from rules import (
-    ANY,
     AUGMENTATIONS,
+    BOOLEAN,
     DATASETS,
     DECAY,
     DECAY_STEPS,
@@ -95,7 +95,7 @@ _BENCHMARK = (
     ('padding', str, "Of stride-2 windows: PyTorch's (exportable), or the official "
      "TensorFlow graph's.", one_of('symmetric', 'same')),
     ('truncated_init', bool, 'Convolutions start from a truncated normal distribution, else from a '
-     'normal one.', ANY),
+     'normal one.', BOOLEAN),
     ('dataset', str, 'The data set.', DATASETS),
     ('image_size', int, 'Height and width of an image as the network sees it, pixels.', IMAGE_SIZE),
     ('augmentation', str, 'crop_resize: random area and aspect, resized, flipped; pad_crop: '
@@ -142,7 +142,7 @@ _HARDWARE = (
     ('cache_gib', float, 'Decoded images of a split stay in the memory of each process that reads '
      'them, if all of them need at most so many GiB.',
      NOT_NEGATIVE),
-    ('deterministic', bool, 'Bitwise reproducible on a GPU too, at some cost in speed.', ANY),
+    ('deterministic', bool, 'Bitwise reproducible on a GPU too, at some cost in speed.', BOOLEAN),
 )
 _OPTIONAL_HARDWARE = (
     ('per_device_batch', int, 'Examples per device and micro-step; none: the largest that fits.',
@@ -153,7 +153,7 @@ _RUN = (
     ('data_dir', str, 'Folder that holds the prepared data sets.', PATH),
     ('log_every_steps', int, 'Optimizer steps between two lines of metrics.', POSITIVE),
     ('drop_page_cache', bool, "Drop the system's page cache first (needs root); the log says "
-     'whether it was dropped.', ANY),
+     'whether it was dropped.', BOOLEAN),
     ('division', str, 'MLPerf division.', DIVISION, 'submission_division'),
     ('org', str, 'Submitting organisation.', TEXT, 'submission_org'),
     ('platform', str, 'Name of the system.', TEXT, 'submission_platform'),

@@ -141,7 +141,7 @@ def _nearest_evaluated(value: int, config: Mapping[str, Any]) -> str:
     return f'; nearest that are: {", ".join(map(str, near)) or "none"} ({fields})'
 
 
-ANY = Rule('any', lambda value, config: True)
+BOOLEAN = Rule('true or false', lambda value, config: True)
 POSITIVE = Rule('> 0 and < 2^31', lambda value, config: 0 < value < INT32_LIMIT)
 EPOCHS = at_most(MOST_EPOCHS)
 WORKERS = at_most(MOST_WORKERS)

@@ -86,6 +86,20 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(
     assert run.accuracies() == undisturbed.accuracies()
 
 
+def test_a_run_that_hangs_says_where_ends_and_resumes(program, undisturbed):
+    """One process is alive and does nothing, and the others wait for it."""
+    run = program(**THREE_EPOCHS, stall_seconds=8).start(cpus=2)
+    run.until_said('step 20/')
+    os.kill(run.children()[1], signal.SIGSTOP)
+    assert run.wait() == 75, run.said()
+    assert '[0] error: nothing has happened for stall_seconds=8 since ' in run.said()
+    assert 'in train_block' in run.said()
+    assert 'process 0 was ended by SIGALRM; ending the others' in run.said()
+    assert not [found for found in run.leftovers() if found.startswith('process')]
+    assert run.run() == 1, run.said()
+    assert run.accuracies() == undisturbed.accuracies()
+
+
 def test_a_peer_that_dies_ends_a_process_that_nobody_supervises(program):
     """As on several machines, where no launcher sees both."""
     from scripts.launch import free_port
