@@ -31,8 +31,8 @@ SPAN = 4
 # Odd heights and widths tell symmetric padding from any other at every stride.
 SMALL_IMAGES = [
     ('resnet50', 64, 64),
-    ('resnet18_cifar', 32, 32),
-    ('resnet18_cifar', 33, 29),
+    pytest.param('resnet18_cifar', 32, 32, marks=pytest.mark.slow),
+    pytest.param('resnet18_cifar', 33, 29, marks=pytest.mark.slow),
     ('resnet8_cifar', 32, 32),
     ('resnet_digits', 8, 8),
     ('resnet_digits', 15, 11),

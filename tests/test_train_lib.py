@@ -64,10 +64,8 @@ def test_digits_do_not_depend_on_topology(digits_dir, on_one_device, devices, pe
     assert int(other.state.step) == 10
 
 
-@pytest.mark.parametrize(
-    ('task_type', 'size'),
-    [(ImageClassification, 8), pytest.param(TinyBottleneck, 32, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('task_type', 'size'), [(ImageClassification, 8), (TinyBottleneck, 32)])
 def test_in_fp64_every_array_is_the_same_on_all_topologies(digits_dir, task_type, size):
     steps = 10
     config = dict(tiny(digits_dir, image_size=size))
