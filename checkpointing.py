@@ -321,7 +321,10 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         directory = directory.resolve()  # Orbax takes no relative paths.
         if not (directory / 'state').is_dir():
-            raise CheckpointError(f'{directory} is no checkpoint: it has no folder "state"')
+            raise CheckpointError(
+                f'{directory} is no checkpoint: it has no folder "state". Name one, '
+                'WORKDIR/checkpoints/STEP'
+            )
         _read_one_by_one(directory / 'state')
         restored = _restore(directory)
         tree, record = jax.tree.map(np.asarray, restored['state']), restored['record']

@@ -8,7 +8,8 @@
 The second evaluates a checkpoint over the whole set, prints top-1 and loss, and writes nothing.
 The third only judges the arguments and the configuration. The same command resumes a run that was
 interrupted. Exit status: 0 the target was reached, 1 it was missed, 2 the run was rejected before
-it began, 3 it failed, 75 it was interrupted and saved; a run that hangs ends itself by SIGALRM.
+it began, 3 it failed, 75 it was interrupted and saved. Before there is anything to save a signal
+just ends the program; a run that hangs ends itself by SIGALRM.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shlex
 import signal
 import sys
 import traceback
@@ -29,7 +31,8 @@ except ModuleNotFoundError as missing:
     root = Path(__file__).resolve().parent
     print(
         f'error: {missing}: {sys.executable} is not the environment of this program. Make it with '
-        f'{root}/scripts/setup_env.sh, then use it: source {root}/.venv/bin/activate',
+        f'{shlex.quote(f"{root}/scripts/setup_env.sh")}, then use it: '
+        f'source {shlex.quote(f"{root}/.venv/bin/activate")}',
         file=sys.stderr,
     )
     sys.exit(2)

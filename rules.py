@@ -154,7 +154,11 @@ TEXT = Rule('not empty, on one line', _is_text)
 PATH = Rule('a path', _is_path)
 FRACTION = Rule('in (0, 1)', lambda value, config: 0 < value < 1)
 SEED = Rule('in [0, 2^63)', lambda value, config: 0 <= value < 2**63)
-SPAN = Rule('> 0 and divides global_batch_size', _span_fits)
+SPAN = Rule(
+    '> 0 and divides global_batch_size',
+    _span_fits,
+    lambda value, config: f' (global_batch_size={config.get("global_batch_size")})',
+)
 RATE = Rule(f'> 0 and ≤ {LARGEST_RATE:g}; for SGD a multiple of 0.001', _rate_is_legal)
 WARMUP = Rule(f'≥ 0 and ≤ {MOST_EPOCHS}; for SGD an integer', _warmup_is_legal)
 DECAY_STEPS = Rule('> 0 and < 2^31; for SGD ≥ 0', _decay_steps_are_legal)

@@ -118,7 +118,7 @@ def open_for(config: Mapping[str, Any], dataset: Any, path: Path) -> int | None:
         raise WorkDirectoryError(
             f'the work directory {path} holds a run of another configuration '
             f'({"; ".join(differences)}); nothing was changed. Choose another with --workdir, or '
-            f'resume that run: {shlex.quote(f"--config={recorded}")}'
+            f'resume that run: {shlex.join([f"--config={recorded}", f"--workdir={path}"])}'
         )
     _earlier(path / 'environment.json', _data(dataset))
     return seed

@@ -50,13 +50,14 @@ def prepare(data_dir: Path, archives_dir: Path, sources: dict[str, Source], work
     final = data_dir / NAME / VERSION
     if dataset.is_prepared(NAME, data_dir, VERSION):
         return final
-    for source in sources.values():
-        path = archives_dir / source.archive.file_name
-        if not path.is_file():
-            raise FileNotFoundError(
-                f'{path} is missing. Put the archive there, or name the folder that has it with '
-                '--archives_dir, or a URL to download it from with --url'
-            )
+    paths = [archives_dir / source.archive.file_name for source in sources.values()]
+    missing = [f'{path} is missing' for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f'{", and ".join(missing)}. ImageNet requires registration at image-net.org '
+            '(docs/data.md says more). Put the archives there, or name the folder that has them '
+            'with --archives_dir, or a URL to download them from with --url'
+        )
     work = data_dir / NAME / f'incomplete.{VERSION}'
     work.mkdir(parents=True, exist_ok=True)
     with _only_one(work):

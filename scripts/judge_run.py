@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     if not good:
         print(said)
     top1s = [top1 for _, top1 in run.accuracies]
-    print(f'accuracy   {top1s[-1]:.5f} top-1 after {run.epochs} epochs (best {max(top1s):.5f})')
+    print(f'accuracy   {top1s[-1]:.5f} top-1 after epoch {run.epochs} (best {max(top1s):.5f})')
     print(f'target     {"reached" if run.reached else "MISSED"}')
     print(f'time       {times(run)}')
     begun = datetime.datetime.fromtimestamp(run.start_ms / 1000, datetime.UTC)

@@ -151,7 +151,11 @@ def main(arguments: list[str]) -> int:
             f'{record["RCP Stdev"]:.2f}, smallest passing mean {record["Min Epochs"]:.2f}'
         )
     rcps = shlex.quote(f'--custom_rcps={out.resolve()}')
-    print(f'written to {out}; this uses it:\n  python -m mlperf_logging.rcp_checker {rcps} DIR')
+    print(
+        f'written to {out}; this uses it:\n  python -m mlperf_logging.rcp_checker {rcps} DIR\n'
+        'DIR holds result_N.txt, as scripts/package_submission.py makes it: '
+        'submission/ORG/results/SYSTEM/resnet'
+    )
     return 0
 
 

@@ -209,8 +209,12 @@ def main(arguments: list[str]) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 2
     print(said)
-    print(f'{tree}: {"REJECTED" if minutes is None else f"accepted, result {minutes:.3f} minutes"}')
-    return 1 if minutes is None else 0
+    if minutes is None:
+        print(f'{tree}: REJECTED')
+        return 1
+    names = ', '.join(run.directory.name for run in runs)
+    print(f'{tree}: accepted, result {minutes:.3f} minutes, of the runs {names}')
+    return 0
 
 
 if __name__ == '__main__':

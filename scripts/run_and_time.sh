@@ -20,8 +20,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 config=''
-workdir='' processes=() fields=()
-data_dir="$ROOT/data"
+workdir='' data_dir='' processes=() fields=()
 choose() {
     [[ -z "$config" ]] || die "two configurations, $config and $1: give one"
     config="$1"
@@ -51,11 +50,20 @@ if [[ ${#processes[@]} -eq 0 ]]; then
 fi
 name="$(basename -- "${config%%:*}")"
 name="${name%.*}"
-data_dir="$(realpath -m -- "$data_dir")"
+if [[ "$config" == *.json ]]; then
+    # Of a work directory: its data, unless others are named, and beside its runs a name of their own.
+    name="$(basename -- "$(dirname -- "$(realpath -m -- "$config")")")-again"
+else
+    data_dir="${data_dir:-$ROOT/data}"
+fi
 
 "$ROOT/scripts/setup_env.sh"
 python="$VENV/bin/python"
-arguments=("--config=$config" "--config.data_dir=$data_dir" ${fields[@]+"${fields[@]}"})
+arguments=("--config=$config" ${fields[@]+"${fields[@]}"})
+if [[ -n "$data_dir" ]]; then
+    data_dir="$(realpath -m -- "$data_dir")"
+    arguments+=("--config.data_dir=$data_dir")
+fi
 # Before anything is prepared or written.
 "$python" "$ROOT/main.py" "${arguments[@]}" --mode=check
 if [[ "$name" == digits ]]; then

@@ -64,29 +64,34 @@ class Bar:
     def __init__(self, runs: int, kept: int):
         self._runs, self._kept, self._started = runs, kept, time.monotonic()
         self._terminal = sys.stdout.isatty()
-        self._shown = -1
+        self._shown, self._seconds_at = -1, self._started
 
     def show(self, tally: Tally, running: int) -> None:
         """Shows the tally."""
-        if not self._terminal and tally.done == self._shown:
+        if tally.done != self._shown:
+            self._shown, self._seconds_at = tally.done, time.monotonic()
+        elif not self._terminal:
             return
-        new = tally.done - self._kept
-        left = '?'
+        new, left = tally.done - self._kept, ''
         if new:
-            seconds = round((time.monotonic() - self._started) / new * (self._runs - tally.done))
-            left = f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}'
-        filled = 30 * tally.done // self._runs
-        text = (
-            f'[{"#" * filled}{"." * (30 - filled)}] {tally.done}/{self._runs} runs, '
-            f'{tally.reached} reached the target, {tally.missed} missed it, {tally.failed} failed; '
-            f'{running} running, {left} left'
+            each = (self._seconds_at - self._started) / new
+            rest = each * (self._runs - tally.done) - (time.monotonic() - self._seconds_at)
+            seconds = max(round(rest), 0)
+            left = f', {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left'
+        words = (
+            f'{tally.done}/{self._runs} runs, {tally.reached} reached the target, '
+            f'{tally.missed} missed it, {tally.failed} failed; {running} running{left}'
         )
-        print(
-            f'\r\x1b[K{text}' if self._terminal else text,
-            end='' if self._terminal else '\n',
-            flush=True,
-        )
-        self._shown = tally.done
+        if not self._terminal:
+            print(words, flush=True)
+            return
+        # The bar has what the terminal leaves; a line that wraps could not be drawn over.
+        columns = shutil.get_terminal_size().columns - 1
+        width = min(30, columns - len(words) - 3)
+        if width >= 5:
+            filled = width * tally.done // self._runs
+            words = f'[{"#" * filled}{"." * (width - filled)}] {words}'
+        print(f'\r\x1b[K{words[:columns]}', end='', flush=True)
 
     def close(self) -> None:
         """Leaves the line."""

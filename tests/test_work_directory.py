@@ -168,8 +168,10 @@ def test_the_command_that_resumes_another_run_can_be_pasted(tmp_path):
     work_directory.record(resolve('digits', 'unused', seed=1), DATA, path)
     said = rejection(path, resolve('digits', 'unused', seed=2))
     command = said.rpartition('resume that run: ')[2]
-    shown = subprocess.run(['bash', '-c', f'printf %s {command}'], capture_output=True, text=True)
-    assert shown.stdout == f'--config={path}/config.json'
+    shown = subprocess.run(
+        ['bash', '-c', f"printf '%s\\n' {command}"], capture_output=True, text=True
+    )
+    assert shown.stdout.splitlines() == [f'--config={path}/config.json', f'--workdir={path}']
 
 
 def test_a_run_does_not_end_well_without_its_configuration(used):
