@@ -52,7 +52,13 @@ def on_one_device(digits_dir):
     return train(tiny(digits_dir))
 
 
-@pytest.mark.parametrize(('devices', 'per_device_batch'), TOPOLOGIES[1:])
+@pytest.mark.parametrize(
+    ('devices', 'per_device_batch'),
+    [
+        pytest.param(*topology, marks=[pytest.mark.slow] if topology in TOPOLOGIES[3:5] else [])
+        for topology in TOPOLOGIES[1:]
+    ],
+)
 def test_digits_do_not_depend_on_topology(digits_dir, on_one_device, devices, per_device_batch):
     config = tiny(digits_dir, per_device_batch=per_device_batch)
     other = train(config, devices=devices)
