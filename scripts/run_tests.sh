@@ -4,7 +4,7 @@
 # Sets up the environment, checks the code's format and types, and runs the tests, all on the CPU.
 #
 # Usage: scripts/run_tests.sh [--all] [ARGUMENT...]
-#   --all        the slow tests too: some 35 minutes on 2 cores
+#   --all        the slow tests too: some 30 minutes on 2 cores
 #   ARGUMENT...  for pytest, such as tests/test_optimizers.py or -k lars
 #
 # Without ARGUMENT the fast tests run two files at a time; the slow ones use the machine alone.
