@@ -32,8 +32,8 @@ import random_streams
 from hyperparameters import ConfigError
 from image_cache import ImageCache
 from image_classification import PADDING_LABEL
+from image_decoding import decode
 from image_preprocessing import (
-    decode,
     decode_and_center_crop,
     decode_and_random_crop,
     pad_and_random_crop,

@@ -3,7 +3,7 @@
 
 import simplejpeg
 
-from image_preprocessing import MAX_PIXELS, decode
+from image_decoding import decode, find_frame
 
 
 def check_header(encoded: bytes) -> tuple[int, int]:
@@ -15,7 +15,6 @@ def check_header(encoded: bytes) -> tuple[int, int]:
     if encoded[:2] != b'\xff\xd8':
         height, width, _ = decode(encoded).shape
         return height, width
-    height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f'its size is {width}×{height}, not 1 to {MAX_PIXELS:,} pixels')
-    return height, width
+    simplejpeg.decode_jpeg_header(encoded)
+    frame = find_frame(encoded)
+    return frame.height, frame.width

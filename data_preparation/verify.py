@@ -22,7 +22,7 @@ from data_preparation import dataset, files, manifest
 from data_preparation.archives import progress
 from data_preparation.images import check_header
 from data_preparation.manifest import Manifest, Record, Split, Summary
-from image_preprocessing import decode
+from image_decoding import decode
 from records import EVAL_SPLIT, newest_version
 
 NAMED_ERRORS = 20

@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from data_preparation import cifar10, digits, imagenet, imagenet_archives, manifest
 from data_preparation.__main__ import parse_arguments
 from data_preparation.verify import verify
-from image_preprocessing import decode
+from image_decoding import decode
 from records import DatasetError, find_dataset
 from tests.ilsvrc_archives import (
     CLASSES,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
+import image_decoding
 import image_preprocessing as ip
 from image_classification import CHANNEL_MEANS
 
@@ -243,11 +244,11 @@ def test_the_top_of_a_jpeg_equals_the_top_of_its_full_decoding(sampling, kind):
     image = cv2.resize(noise, (320, 200), interpolation=cv2.INTER_CUBIC)
     jpeg = cv2.imencode('.jpg', image, options)[1].tobytes()
     whole = simplejpeg.decode_jpeg(jpeg, 'RGB', fastdct=True)
-    frame = ip._find_frame(jpeg)
+    frame = image_decoding.find_frame(jpeg)
     assert (frame.height, frame.width) == (200, 320)
     assert frame.is_sequential == (kind != 'progressive')
     for rows in range(1, 197, 5) if frame.is_sequential else ():
-        top = ip._decode_top(jpeg, frame, rows)
+        top = image_decoding.decode_top(jpeg, frame, rows)
         assert len(top) < rows + 3
         np.testing.assert_array_equal(top[:rows], whole[:rows])
 
@@ -301,14 +302,14 @@ def claiming_png(height: int, width: int, pixels: bytes = bytes(100), extra: byt
     """An 8-bit greyscale PNG with any header."""
     header = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0))
     data = chunk(b'IDAT', zlib.compress(pixels, 9))
-    return ip.PNG_SIGNATURE + header + extra + data + chunk(b'IEND', b'')
+    return image_decoding.PNG_SIGNATURE + header + extra + data + chunk(b'IEND', b'')
 
 
 def claiming_jpeg(height: int, width: int, *, progressive: bool = False, scans: int = 1) -> bytes:
     """A JPEG with any header, and its first scan repeated."""
     options = [cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive)]
     jpeg = bytearray(cv2.imencode('.jpg', smooth_image(16, 16), options)[1].tobytes())
-    at = ip._find_frame(jpeg).height_at
+    at = image_decoding.find_frame(jpeg).height_at
     jpeg[at : at + 4] = struct.pack('>HH', height, width)
     scan = jpeg.index(b'\xff\xda')
     end = jpeg.index(b'\xff', scan + 2)
@@ -334,7 +335,7 @@ def claiming_jpeg(height: int, width: int, *, progressive: bool = False, scans: 
         (claiming_png(64, 64, pixels=bytes(10**8)), 'longer than the 64×64 of its header'),
         (claiming_png(64, 64), 'broken image'),
         (claiming_png(64, 64)[:-1], 'truncated PNG'),
-        (ip.PNG_SIGNATURE + chunk(b'IEND', b''), 'broken PNG'),
+        (image_decoding.PNG_SIGNATURE + chunk(b'IEND', b''), 'broken PNG'),
     ],
     ids=lambda value: value if isinstance(value, str) else '',
 )
