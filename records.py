@@ -15,6 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+# Here, and not where they are used: threads that read the first records at the same time would
+# import them at the same time, and TFDS's lazy imports can then wait for each other for ever.
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+from tensorflow_datasets.proto import tf_example_pb2
+
 SCRIPTS = Path(__file__).resolve().parent / 'scripts'
 # Reading a shard's footer is waiting for the disk, in most of its time.
 THREADS = 16
@@ -85,8 +91,6 @@ def find_dataset(name: str, data_dir: str) -> Dataset:
     Raises:
       DatasetError: when it is missing or incomplete.
     """
-    import tensorflow_datasets as tfds
-
     directory, advice = newest_version(name, data_dir), f'; {_advice(name, data_dir)}'
     try:
         builder = tfds.builder_from_directory(directory)
@@ -166,16 +170,12 @@ class Records:
 
     def _features(self, index: int):
         """The record's features, a mapping to `tf.train.Feature`."""
-        from tensorflow_datasets.proto import tf_example_pb2
-
         with self._lock:
             self._source = self._source or self._open()
         return tf_example_pb2.Example.FromString(self._source[index]).features.feature
 
     def _open(self):
         """Checks each shard's number of records, and returns TFDS's source of serialized ones."""
-        import tensorflow_datasets as tfds
-        from array_record.python.array_record_module import ArrayRecordReader
 
         def count(path: str) -> int:
             try:
@@ -220,8 +220,6 @@ class Records:
 
     def name(self, index: int) -> str:
         """What a person needs to find the record: its number, shard and identifier."""
-        import tensorflow_datasets as tfds
-
         split = tfds.builder_from_directory(self._dataset.directory).info.splits[self._split]
         number, shard = index, 0
         while number >= split.shard_lengths[shard]:

@@ -6,6 +6,8 @@ import os
 import random
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,13 @@ def test_damage_is_named_or_harmless(folder, seed):
     except (DatasetError, DataError, ConfigError) as error:
         outcome = str(error)
     assert 'digits' in outcome
+
+
+def test_what_threads_need_is_imported_before_there_are_any():
+    """Imports by several threads at once can wait for each other for ever."""
+    program = 'import sys, records; print("tensorflow_datasets" in sys.modules)'
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, '-c', program], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == 'True\n'
