@@ -167,7 +167,7 @@ def _impossible(state: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def identify(state: Mapping[str, np.ndarray]) -> str:
-    """The model of `models.NAMES` that fits best, by the number of keys that are at problem."""
+    """The model of `models.NAMES` that fits best, by the number of keys that do not."""
     return min(models.NAMES, key=lambda name: sum(count for count, _ in _problems(state, name)))
 
 
