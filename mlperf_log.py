@@ -5,18 +5,15 @@ Process 0 appends `:::MLLOG` lines through mlperf-logging. An event that the log
 key and metadata) is not written again, so that a run which resumes from a checkpoint, and passes
 the same points once more, leaves one valid log. Other processes hold a log without a file.
 
-A run writes its events in one order that its configuration decides. So a log that has lost lines,
-or belongs to another run, is known before anything is added to it (`EventLog.check`).
+What a log must hold before a run adds to it is in `log_check`.
 """
 
-import datetime
-import itertools
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ _ROOT = Path(__file__).resolve().parent
 _PLACE = ('file', 'lineno')  # Metadata that does not tell events apart.
 # Values that may differ between the starts of one run: it may resume on other devices.
 _OF_A_START = (constants.CACHE_CLEAR, constants.GRADIENT_ACCUMULATION_STEPS)
-_REMEDY = 'put the whole log of this run back, or start in a new work directory (--workdir)'
+REMEDY = 'put the whole log of this run back, or start in a new work directory (--workdir)'
 
 
 def _identity(event_type: str, key: str, metadata: Mapping[str, Any]) -> str:
@@ -101,31 +98,34 @@ class EventLog:
       path: where it is, or will be.
       now_ms: milliseconds since the epoch.
 
+    Attributes:
+      recorded: the events that were there when it was opened.
+
     Raises:
       LogError: when the log that is there cannot be read.
     """
 
     def __init__(self, path: Path | None, now_ms: Callable[[], int] | None = None):
-        self._path, self._now_ms = path, now_ms or _steady_clock()
+        self.path, self.now_ms = path, now_ms or _steady_clock()
         self._events: dict[str, dict[str, Any]] = {}
-        self._read: list[dict[str, Any]] = []
+        self.recorded: list[dict[str, Any]] = []
         self._file: LineFile | None = None
         self._logger: mllog.MLLogger | None = None
         if path is None or not path.exists():
             return
         try:
-            self._read = read(path)
+            self.recorded = read(path)
         except OSError as error:
-            raise LogError(f'{path} cannot be read ({error.strerror}); {_REMEDY}') from error
-        for event in self._read:
+            raise LogError(f'{path} cannot be read ({error.strerror}); {REMEDY}') from error
+        for event in self.recorded:
             self._remember(event['event_type'], event['key'], event['metadata'], event)
 
     def _open(self) -> mllog.MLLogger:
-        assert self._path is not None
-        there = self._path.read_bytes() if self._path.exists() else b''
+        assert self.path is not None
+        there = self.path.read_bytes() if self.path.exists() else b''
         # A killed process may have left half a line.
-        self._file = LineFile(self._path, size=there.rfind(b'\n') + 1)
-        logger = logging.Logger(str(self._path))
+        self._file = LineFile(self.path, size=there.rfind(b'\n') + 1)
+        logger = logging.Logger(str(self.path))
         logger.addHandler(_Append(self._file))
         # The place in the log is that of the caller of this class's methods.
         return mllog.MLLogger(logger, default_stack_offset=3, root_dir=re.escape(str(_ROOT)))
@@ -139,7 +139,7 @@ class EventLog:
             return before['value']
         event = {'event_type': event_type, 'key': key, 'value': value, 'metadata': metadata}
         self._remember(event_type, key, metadata, event)
-        if self._path is None:
+        if self.path is None:
             return value
         self._logger = self._logger or self._open()
         write = {
@@ -147,57 +147,8 @@ class EventLog:
             constants.INTERVAL_END: self._logger.end,
             constants.POINT_IN_TIME: self._logger.event,
         }[event_type]
-        write(key, value, metadata=metadata, time_ms=self._now_ms())
+        write(key, value, metadata=metadata, time_ms=self.now_ms())
         return value
-
-    def check(self, config: Mapping[str, Any], plan: Plan, step: int) -> None:
-        """Checks that the log is this run's and whole, before anything is added to it.
-
-        Args:
-          config, plan: the run's.
-          step: of the checkpoint that it resumes from, 0 without one. The log must hold every event
-            up to it, and may hold later ones, which the run then passes once more.
-
-        Raises:
-          LogError: when a line is missing, was added or changed, or lies in the future.
-        """
-        if self._path is None:
-            return
-        results = [e['value'] for e in self._read if e['key'] == constants.EVAL_ACCURACY]
-        if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in results):
-            raise LogError(f'an eval_accuracy of {self._path} is no accuracy; {_REMEDY}')
-        expected, due = _script(config, plan, results)
-        for number, event in enumerate(self._read, start=1):
-            ours = expected[number - 1] if number <= len(expected) else None
-            if ours is None or not _is_same(event, ours):
-                raise LogError(
-                    f'event {number} of {self._path} is {_described(event)}, where this run writes '
-                    f'{_described(ours) if ours else "nothing more"}: lines were lost, changed or '
-                    f'added, or it is the log of another run; {_REMEDY}'
-                )
-        needed = sum(at <= step for at in due)
-        if len(self._read) < needed:
-            state = f'ends after {len(self._read)} events' if self._read else 'is missing or empty'
-            raise LogError(
-                f'{self._path} {state}, but there is a checkpoint of step {step}, before which the '
-                f'run writes {needed}; the first that is missing is '
-                f'{_described(expected[len(self._read)])}. {_REMEDY.capitalize()}'
-            )
-        lines = self._path.read_bytes().count(b'\n') if self._path.exists() else 0
-        if lines != len(self._read):
-            raise LogError(
-                f'{self._path} has {lines - len(self._read)} lines that are no events; {_REMEDY}'
-            )
-        times = [event['time_ms'] for event in self._read]
-        if times != sorted(times):
-            raise LogError(f'the times in {self._path} run backwards; {_REMEDY}')
-        now = self._now_ms()
-        if times and now < times[-1] and self.status is None:
-            raise LogError(
-                f'the last event of {self._path} is of {_utc(times[-1])}, and now it is '
-                f'{_utc(now)}: the clock was set back, and the time of the run would be wrong; set '
-                'the clock right, or start in a new work directory (--workdir)'
-            )
 
     def sync(self) -> None:
         """Returns when all events are on the disk: no checkpoint must outlive those before it."""
@@ -217,9 +168,14 @@ class EventLog:
         self._write(constants.INTERVAL_END, key, None, metadata)
 
     @property
+    def events(self) -> list[dict[str, Any]]:
+        """What was there and what has been added, in order; without times in what was added."""
+        return list(self._events.values())
+
+    @property
     def status(self) -> str | None:
         """'success' or 'aborted' once the run has ended."""
-        for event in self._events.values():
+        for event in self.events:
             if event['key'] == constants.RUN_STOP:
                 return event['metadata']['status']
         return None
@@ -274,16 +230,16 @@ class EventLog:
           SaveError: when the file does not hold what was written to it.
         """
         self.stop(constants.RUN_STOP, status=constants.SUCCESS if reached else constants.ABORTED)
-        if self._path is None:
+        if self.path is None:
             return
         try:
-            there = read(self._path)
+            there = read(self.path)
         except (OSError, LogError) as error:
             raise SaveError(f'the log of this run is lost: {error}') from error
-        written = list(self._events.values())
-        if len(there) != len(written) or not all(map(_is_same, there, written)):
+        written = self.events
+        if len(there) != len(written) or not all(map(is_same, there, written)):
             raise SaveError(
-                f'{self._path} does not hold what this run has written to it; start in a new work '
+                f'{self.path} does not hold what this run has written to it; start in a new work '
                 'directory (--workdir)'
             )
 
@@ -304,63 +260,14 @@ def _block(evaluation: Evaluation) -> dict[str, int]:
     }
 
 
-def _script(
-    config: Mapping[str, Any], plan: Plan, accuracies: Sequence[float]
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """What a run with these results writes, if its next ones miss the target, in order.
-
-    Returns:
-      The events, and for each the first step whose checkpoint is made after it.
-    """
-    log = EventLog(None)
-    due: list[int] = []
-
-    def due_at(step: int) -> None:
-        due.extend([step] * (len(log._events) - len(due)))
-
-    log.cache_clear(drop=False)
-    log.init_start()
-    log.header(config, plan)
-    log.init_stop()
-    log.run_start()
-    due_at(1)
-    results = itertools.chain(accuracies, itertools.repeat(0.0))
-    reached, before = False, 0
-    for evaluation, top1 in zip(plan.evaluations, results, strict=False):
-        log.block_start(evaluation)
-        due_at(before + 1)
-        log.block_stop(evaluation)
-        due_at(evaluation.step)
-        log.eval_start(evaluation)
-        log.eval_stop(evaluation, top1)
-        due_at(evaluation.step + 1)
-        before, reached = evaluation.step, top1 >= config['target_top1']
-        if reached:
-            break
-    log.run_stop(reached)
-    due_at(before + 1)
-    return list(log._events.values()), due
-
-
-def _facts(event: Mapping[str, Any]) -> dict[str, Any]:
+def facts(event: Mapping[str, Any]) -> dict[str, Any]:
     """An event's metadata without its place in the code."""
     return {name: value for name, value in event['metadata'].items() if name not in _PLACE}
 
 
-def _is_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+def is_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two events say the same, at whatever time."""
     value_counts = a['key'] not in _OF_A_START
-    return ((a['event_type'], a['key'], _facts(a)) == (b['event_type'], b['key'], _facts(b))) and (
+    return ((a['event_type'], a['key'], facts(a)) == (b['event_type'], b['key'], facts(b))) and (
         not value_counts or a['value'] == b['value']
     )
-
-
-def _described(event: Mapping[str, Any]) -> str:
-    value = [] if event['value'] is None else [f'= {event["value"]!r}']
-    facts = [f'({name} {value})' for name, value in _facts(event).items()]
-    return ' '.join([event['key'], *value, *facts])[:200]
-
-
-def _utc(time_ms: int) -> str:
-    seconds = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.UTC)
-    return f'{seconds:%Y-%m-%d %H:%M:%S} UTC'

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 import checkpointing
+import log_check
 import optimizers
 import train_lib
 from image_classification import ImageClassification
@@ -91,7 +92,7 @@ def read(
     """
     template = _template(config, plan, dataset)
     found = checkpointing.find(workdir / 'checkpoints', template)
-    log.check(config, plan, found.step)
+    log_check.check(log, config, plan, found.step)
     if found.tree is None and weights is None:
         weights = read_weights(config, plan, dataset)
     return Start(found, weights)

@@ -24,6 +24,7 @@ from ml_collections import FrozenConfigDict
 import banner
 import checkpointing
 import distributed
+import log_check
 import optimizers
 import start
 import train_lib
@@ -307,7 +308,7 @@ def train_and_evaluate(
     seed = distributed.seed_from_lead(config['seed'] if recorded is None else recorded)
     config = FrozenConfigDict(dict(config) | {'seed': seed})
     log = distributed.lead_does(lambda: EventLog(workdir / 'mlperf.log')) or EventLog(None)
-    distributed.lead_does(lambda: log.check(config, plan, 0))
+    distributed.lead_does(lambda: log_check.check(log, config, plan, 0))
     ended = [None, 'success', 'aborted']
     status = ended[int(distributed.from_lead(np.int32(ended.index(log.status))))]
     if status:

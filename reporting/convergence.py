@@ -19,6 +19,7 @@ from typing import Any
 from mlperf_logging.mllog import constants
 
 import hyperparameters
+import log_check
 import mlperf_log
 from plan import make_plan
 
@@ -286,7 +287,7 @@ def _check_log(run: FinishedRun) -> None:
             num_eval=data['num_eval'],
             num_devices=run.environment['devices'],
         )
-        mlperf_log.EventLog(run.log).check(run.config, plan, step=plan.total_steps + 1)
+        log_check.check(mlperf_log.EventLog(run.log), run.config, plan, plan.total_steps + 1)
     except mlperf_log.LogError as error:
         raise LogRejectedError(f'{run.log} cannot be used: {error}') from error
     except (ValueError, ArithmeticError) as error:
