@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 import hyperparameters
+import json_object
 import machine
 from line_file import SaveError
 
@@ -57,14 +58,10 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _read(path: Path, remedy: str) -> dict[str, Any]:
-    """A JSON file's names and values."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WorkDirectoryError(f'{path} cannot be read ({error}); {remedy}') from error
-    if not isinstance(value, dict):
-        raise WorkDirectoryError(f'{path} is damaged: it is no JSON object; {remedy}')
-    return value
+        return json_object.read(path)
+    except ValueError as error:
+        raise WorkDirectoryError(f'{error}; {remedy}') from error
 
 
 def open_for(config: Mapping[str, Any], dataset: Any, path: Path) -> int | None:

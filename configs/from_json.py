@@ -4,10 +4,11 @@
 FILE maps names to values; the config.json of a work directory is one, seed included.
 """
 
-import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+import json_object
 
 
 def get_config(path: str = '') -> ConfigDict:
@@ -18,10 +19,4 @@ def get_config(path: str = '') -> ConfigDict:
     """
     if not Path(path).is_file():
         raise ValueError(f'there is no file {path!r}; use --config=configs/from_json.py:FILE')
-    try:
-        values = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f'{path} is not JSON: {error}') from error
-    if not isinstance(values, dict):
-        raise ValueError(f'{path} holds no JSON object of names and values')
-    return ConfigDict(values)
+    return ConfigDict(json_object.read(Path(path)))

@@ -19,6 +19,7 @@ from typing import Any
 from mlperf_logging.mllog import constants
 
 import hyperparameters
+import json_object
 import log_check
 import mlperf_log
 from plan import make_plan
@@ -225,14 +226,9 @@ def read_events(log: Path) -> list[dict[str, Any]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(
-            f'{path} cannot be read ({error}); every work directory of main.py has one'
-        ) from error
-    if not isinstance(value, dict):
-        raise RunError(f'{path} is damaged: it holds no JSON object')
-    return value
+        return json_object.read(path)
+    except ValueError as error:
+        raise RunError(f'{error}; every work directory of main.py has one') from error
 
 
 def _misshapen(value: Any, shape: Any, name: str) -> list[str]:

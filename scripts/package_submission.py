@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mlperf_logging.mllog import constants
 
+import json_object
 import mlperf_log
 from reporting import convergence, system_description, verdicts
 from reporting.convergence import FinishedRun, RunError
@@ -104,12 +105,9 @@ def read_description(path: Path) -> dict[str, Any]:
       RunError: when it is none.
     """
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f'{path} cannot be read ({error})') from error
-    if not isinstance(value, dict):
-        raise RunError(f'{path} is no system description: it holds no JSON object')
-    return value
+        return json_object.read(path)
+    except ValueError as error:
+        raise RunError(f'the system description cannot be used: {error}') from error
 
 
 def code_of(commit: str) -> bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes small archives of the structure of ILSVRC2012's two, for the tests that prepare them."""
+"""Small archives of the structure of ILSVRC2012's two, and the check of what is made of them."""
 
 import hashlib
 import io
@@ -13,6 +13,7 @@ import numpy as np
 import simplejpeg
 
 from data_preparation.imagenet_archives import Source, read_sources
+from data_preparation.verify import verify
 
 CLASSES = ('n01440764', 'n01443537', 'n02123045')
 CMYK_NAME, PNG_NAME = 'n01739381_1309.JPEG', 'n02105855_2933.JPEG'
@@ -96,3 +97,12 @@ def _tar(members: Mapping[str, bytes]) -> bytes:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def check(tmp_path: Path, full: bool = False) -> str:
+    """Verifies what `prepare` wrote; the published manifest is of the real ImageNet."""
+    local = tmp_path / 'expected.json'
+    if not local.exists():
+        written = tmp_path / 'data/imagenet2012/5.1.0/manifest.json'
+        local.write_text(written.read_text())
+    return verify('imagenet2012', tmp_path / 'data', full=full, manifest_file=local, workers=2)

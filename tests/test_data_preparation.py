@@ -25,6 +25,7 @@ from tests.ilsvrc_archives import (
     CLASSES,
     CMYK_NAME,
     PNG_NAME,
+    check,
     png,
     small_sources,
     synthetic_jpeg,
@@ -43,15 +44,6 @@ def sources(tmp_path) -> dict[str, imagenet_archives.Source]:
 
 def prepare(tmp_path: Path, sources) -> Path:
     return imagenet.prepare(tmp_path / 'data', tmp_path / 'archives', sources, workers=2)
-
-
-def check(tmp_path: Path, full: bool = False) -> str:
-    """Verifies what `prepare` wrote; the published manifest is of the real ImageNet."""
-    local = tmp_path / 'expected.json'
-    if not local.exists():
-        written = tmp_path / 'data/imagenet2012/5.1.0/manifest.json'
-        local.write_text(written.read_text())
-    return verify('imagenet2012', tmp_path / 'data', full=full, manifest_file=local, workers=2)
 
 
 def contents(directory: Path, split: str) -> list[manifest.Record]:

@@ -17,16 +17,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from data_preparation import imagenet, manifest
 from data_preparation.verify import read_metadata, verify
 from records import DatasetError
-from tests.ilsvrc_archives import png, small_sources, synthetic_jpeg
-
-
-def check(tmp_path: Path, full: bool = False) -> str:
-    """Verifies what `prepare` wrote; the published manifest is of the real ImageNet."""
-    local = tmp_path / 'expected.json'
-    if not local.exists():
-        written = tmp_path / 'data/imagenet2012/5.1.0/manifest.json'
-        local.write_text(written.read_text())
-    return verify('imagenet2012', tmp_path / 'data', full=full, manifest_file=local, workers=2)
+from tests.ilsvrc_archives import check, png, small_sources, synthetic_jpeg
 
 
 def edit_shard(path: Path, edit) -> None:
