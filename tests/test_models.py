@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import models
+from image_classification import ImageClassification
 from models.batch_norm import EPSILON, BatchNorm
 from models.pooling import max_pool_3x3_stride_2
 from models.resnet import relu, window_padding
+from tests.harness import resolve
 
 
 def count(tree):
@@ -52,6 +54,12 @@ def test_initial_weights(truncated):
     assert params['fc']['kernel'].std() == pytest.approx(0.01, rel=0.02)
     assert (params['bn1']['scale'] == 1).all()
     assert not params['bn1']['bias'].any()
+
+
+@pytest.mark.parametrize('truncated', [True, False])
+def test_the_configuration_chooses_the_initialisation(truncated):
+    config = resolve('digits', 'unused', truncated_init=truncated)
+    assert ImageClassification(config, num_classes=10).model.truncated_init == truncated
 
 
 @pytest.mark.parametrize('span', [2, 4, 8])
