@@ -53,8 +53,11 @@ class Watchdog:
     def _watch(self, watched: int) -> None:
         # Own ticks are counted, not the clock: while the process is stopped there are none.
         while not self._stopped.wait(TICK_SECONDS):
+            if _in_debugger(watched):
+                self._idle = 0.0  # Who leaves it has the whole time again.
+                continue
             self._idle += TICK_SECONDS
-            if self._idle >= self._seconds and not _in_debugger(watched):
+            if self._idle >= self._seconds:
                 self._end()
 
     def _end(self) -> None:
