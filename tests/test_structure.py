@@ -8,7 +8,6 @@ import pytest
 
 from tests import structure
 
-
 # The rules that the code does not keep yet.
 BROKEN = (structure.wrong_imports, structure.tricks, structure.workload_words)
 
