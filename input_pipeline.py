@@ -28,18 +28,25 @@ import grain
 import numpy as np
 from absl import flags
 
-import random_streams
-from hyperparameters import ConfigError
-from image_cache import ImageCache
-from image_classification import PADDING_LABEL
-from image_decoding import decode
-from image_preprocessing import (
+from settings.hyperparameters import ConfigError
+from workloads.resnet import random_streams
+from workloads.resnet.image_cache import ImageCache
+from workloads.resnet.image_decoding import decode
+from workloads.resnet.image_preprocessing import (
     decode_and_center_crop,
     decode_and_random_crop,
     pad_and_random_crop,
 )
-from random_streams import AUGMENTATION
-from records import EVAL_SPLIT, DataError, Dataset, DatasetError, Records, find_dataset
+from workloads.resnet.random_streams import AUGMENTATION
+from workloads.resnet.records import (
+    EVAL_SPLIT,
+    DataError,
+    Dataset,
+    DatasetError,
+    Records,
+    find_dataset,
+)
+from workloads.resnet.task import PADDING_LABEL
 
 __all__ = [
     'DataError',
@@ -76,7 +83,7 @@ class Images:
         self._records, self._threads = records, threads
         self._size, self._augmentation = config['image_size'], config['augmentation']
         if self._augmentation == 'crop_resize':
-            import resampling  # noqa: F401  # Compiled, or loaded, before the clock starts.
+            from workloads.resnet import resampling  # noqa: F401  # Compiled, or loaded, before the clock starts.
         self._padding = self._size // 8 if self._augmentation.startswith('pad_crop') else 0
         self._flip = self._augmentation == 'pad_crop_flip'
         room = (count, self._size, self._padding)

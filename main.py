@@ -37,10 +37,8 @@ except ModuleNotFoundError as missing:
     )
     sys.exit(2)
 
-import advice
-import backend
-import hyperparameters
-import plan
+from settings import backend, hyperparameters, plan
+from workloads.resnet import advice
 
 EXIT_REACHED, EXIT_MISSED, EXIT_REFUSED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75
 COMPILATION_CACHE_BYTES = 2 << 30
@@ -187,10 +185,10 @@ def prepare_jax(config: Mapping[str, Any]) -> None:
 
     import jax
 
-    jax.config.update('jax_compilation_cache_dir', None)  # Until distributed.keep_programs.
+    jax.config.update('jax_compilation_cache_dir', None)  # Until processes.keep_programs.
     jax.config.update('jax_compilation_cache_max_size', COMPILATION_CACHE_BYTES)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-    # It would answer SIGTERM in our place (see distributed.StopRequest).
+    # It would answer SIGTERM in our place (see processes.StopRequest).
     jax.config.update('jax_enable_preemption_service', False)
 
 
@@ -210,14 +208,9 @@ def check_profile(steps: tuple[int, int] | None, total_steps: int) -> None:
 def run(flags: argparse.Namespace, config: Mapping[str, Any], warnings: list[str]) -> int:
     """Sets up the processes and runs; the exit status."""
     prepare_jax(config)
-    import checkpointing
-    import distributed
-    import evaluation
     import input_pipeline
-    import line_file
-    import mlperf_log
-    import train_loop
-    import work_directory
+    from run_files import line_file, mlperf_log, work_directory
+    from training import checkpointing, evaluation, processes, train_loop
 
     refused = (
         hyperparameters.ConfigError,
@@ -225,7 +218,7 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any], warnings: list[str
         work_directory.WorkDirectoryError,
         checkpointing.CheckpointError,
         mlperf_log.LogError,
-        distributed.StartError,
+        processes.StartError,
     )
     failed = (input_pipeline.DataError, train_loop.NonFiniteError, line_file.SaveError)
     try:
@@ -234,18 +227,18 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any], warnings: list[str
         if flags.mode == 'train':
             evaluations = plan.find_evaluations(config, dataset.num_train)
             check_profile(flags.profile, evaluations[-1].step)
-        distributed.initialize(
+        processes.initialize(
             flags.coordinator, flags.num_processes, flags.process_id, flags.start_timeout
         )
         if flags.mode == 'eval':
             result = evaluation.evaluate(config, dataset)
-            if distributed.is_lead():
+            if processes.is_lead():
                 print(json.dumps(result), flush=True)
             return EXIT_REACHED
-        if distributed.is_lead():
+        if processes.is_lead():
             for warning in warnings:
                 print(f'warning: {warning}', flush=True)
-        distributed.keep_programs(flags.workdir.resolve().parent / 'compilation_cache')
+        processes.keep_programs(flags.workdir.resolve().parent / 'compilation_cache')
         outcome = train_loop.train_and_evaluate(config, dataset, flags.workdir, flags.profile)
     except refused as error:
         return complain(error, EXIT_REFUSED)
@@ -253,10 +246,10 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any], warnings: list[str
         return complain(error, EXIT_FAILED)
     except Exception:
         traceback.print_exc()
-        several = 'lost another process (see what the others say), or ' * distributed.is_several()
+        several = 'lost another process (see what the others say), or ' * processes.is_several()
         remedy = '; the same command resumes from the last checkpoint' * (flags.mode == 'train')
         return complain(RuntimeError(f'{several}failed as shown above{remedy}'), EXIT_FAILED)
-    if distributed.is_lead():
+    if processes.is_lead():
         print(f'{flags.workdir}: {outcome.value}', flush=True)
     return {
         train_loop.Outcome.REACHED: EXIT_REACHED,

@@ -5,7 +5,7 @@ Data: as configs/cifar10.py, all of it. Model: ResNet-8 (He et al. 2015, section
 channels in its first stage instead of 16. Three epochs, so the target is far from what CIFAR-10
 allows; guessing gets a tenth.
 
-Run: scripts/study_cifar10.sh --small
+Run: experiments/study_cifar10.sh --small
 """
 
 from ml_collections import ConfigDict

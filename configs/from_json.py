@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-import json_object
+from settings import json_object
 
 
 def get_config(path: str = '') -> ConfigDict:

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from records import EVAL_SPLIT, DatasetError
+from workloads.resnet.records import EVAL_SPLIT, DatasetError
 
 
 def folder(text: str) -> Path:

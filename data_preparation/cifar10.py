@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from data_preparation import dataset, files
 from data_preparation.archives import Archive, check, download
-from image_decoding import decode
+from workloads.resnet.image_decoding import decode
 
 URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 ARCHIVE = Archive(

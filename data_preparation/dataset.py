@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from records import DatasetError
+from workloads.resnet.records import DatasetError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
 

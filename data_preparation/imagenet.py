@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data_preparation import dataset, files, manifest
 from data_preparation.archives import check, progress
 from data_preparation.imagenet_archives import NAME, VERSION, Source, features, index, repair
-from image_decoding import decode
+from workloads.resnet.image_decoding import decode
 
 # As TFDS writes, but for the compression, which gains nothing on JPEGs.
 WRITER_OPTIONS = 'group_size:1,uncompressed'

@@ -26,7 +26,7 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_build
 from data_preparation import files
 from data_preparation.archives import Archive, download, progress
 from data_preparation.images import check_header
-from image_decoding import decode
+from workloads.resnet.image_decoding import decode
 
 NAME, VERSION = 'imagenet2012', '5.1.0'
 INDEX_ENTRY = np.dtype([('offset', 'i8'), ('size', 'i4'), ('label', 'i2'), ('name', 'S32')])

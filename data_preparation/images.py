@@ -3,7 +3,7 @@
 
 import simplejpeg
 
-from image_decoding import decode, find_frame
+from workloads.resnet.image_decoding import decode, find_frame
 
 
 def check_header(encoded: bytes) -> tuple[int, int]:

@@ -22,8 +22,8 @@ from data_preparation import dataset, files, manifest
 from data_preparation.archives import progress
 from data_preparation.images import check_header
 from data_preparation.manifest import Manifest, Record, Split, Summary
-from image_decoding import decode
-from records import EVAL_SPLIT, newest_version
+from workloads.resnet.image_decoding import decode
+from workloads.resnet.records import EVAL_SPLIT, newest_version
 
 NAMED_ERRORS = 20
 MAX_LABELS_BYTES = 1 << 20

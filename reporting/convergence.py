@@ -18,11 +18,9 @@ from typing import Any
 
 from mlperf_logging.mllog import constants
 
-import hyperparameters
-import json_object
-import log_check
-import mlperf_log
-from plan import make_plan
+from run_files import log_check, mlperf_log
+from settings import hyperparameters, json_object
+from settings.plan import make_plan
 
 DAMAGED = '.damaged-'  # In the name of work directories that were set aside.
 _ONCE = (constants.INIT_STOP, constants.RUN_START, constants.RUN_STOP, constants.SEED)

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import machine
 from reporting.convergence import RunError
+from run_files import machine
 
 # submission_status of the log -> the status of system descriptions from round 4.0 on.
 STATUS = {

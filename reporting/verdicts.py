@@ -21,8 +21,8 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.package_checker import seed_checker
 from mlperf_logging.rcp_checker import rcp_checker
 
-import mlperf_log
 from reporting import convergence
+from run_files import mlperf_log
 
 RULESET = '4.0.0'
 RUNS_PER_RESULT = rcp_checker.submission_runs['training'][mlperf_log.BENCHMARK]

@@ -29,18 +29,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ['JAX_PLATFORMS'] = 'cpu'  # A conversion needs no accelerator, which may be in use.
 
 import numpy as np
 
-import checkpointing
-import hyperparameters
-import pytorch_checkpoint
 from data_preparation import archives
-from image_classification import CHANNEL_MEANS
 from input_pipeline import CENTRAL_FRACTION
-from pytorch_checkpoint import (
+from settings import hyperparameters
+from training import checkpointing
+from workloads.resnet import torchvision
+from workloads.resnet.task import CHANNEL_MEANS
+from workloads.resnet.torchvision import (
     TORCHVISION_MEAN,
     TORCHVISION_SCALE,
     TORCHVISION_STD,
@@ -98,13 +97,13 @@ def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
     step, config = int(tree['step']), record.get('config')
     try:
         check_config(config)
-        state = pytorch_checkpoint.to_state_dict(tree['variables'], step)
-        model = pytorch_checkpoint.identify(state)
-        pytorch_checkpoint.from_state_dict(state, model)  # Raises unless it is a whole model.
+        state = torchvision.to_state_dict(tree['variables'], step)
+        model = torchvision.identify(state)
+        torchvision.from_state_dict(state, model)  # Raises unless it is a whole model.
     except CheckpointError as error:
         raise CheckpointError(f'{checkpoint}: {error}') from error
     if convention == 'torchvision':
-        state = pytorch_checkpoint.scale_input(state, TORCHVISION_SCALE)
+        state = torchvision.scale_input(state, TORCHVISION_SCALE)
     metadata = {
         'model': model,
         'step': str(step),
@@ -112,7 +111,7 @@ def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
         'preprocessing': json.dumps(preprocessing(config, convention)),
         'config': json.dumps(config),
     }
-    pytorch_checkpoint.write(out, state, metadata)
+    torchvision.write(out, state, metadata)
     return f'{out}: {model} after {step} steps.{_note(convention)}'
 
 
@@ -201,15 +200,15 @@ def from_pytorch(file: Path, out: Path, convention: str | None) -> str:
     """
     if out.exists():
         raise FileExistsError(f'{out} exists; move it away or choose another output')
-    state, metadata = pytorch_checkpoint.read(file)
-    model = pytorch_checkpoint.identify(state)
+    state, metadata = torchvision.read(file)
+    model = torchvision.identify(state)
     try:
-        variables = pytorch_checkpoint.from_state_dict(state, model)
+        variables = torchvision.from_state_dict(state, model)
         step, config, convention = judge_metadata(metadata, model, convention)
         if convention == 'torchvision':
             inverse = tuple(1 / factor for factor in TORCHVISION_SCALE)
-            scaled = pytorch_checkpoint.scale_input(state, inverse)
-            variables = pytorch_checkpoint.from_state_dict(scaled, model)
+            scaled = torchvision.scale_input(state, inverse)
+            variables = torchvision.from_state_dict(scaled, model)
     except CheckpointError as error:
         raise CheckpointError(f'{file}: {error}') from error
     source = {'file': file.name, 'input': convention}

@@ -19,14 +19,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from mlperf_logging.rcp_checker import rcp_checker
 
-import hyperparameters
-import mlperf_log
 from reporting import convergence, verdicts
 from reporting.convergence import FinishedRun, RunError
+from run_files import mlperf_log
+from settings import hyperparameters
 
 SMALLEST_SET = 2 * verdicts.RUNS_PER_RESULT  # MLPerf training rules: twice a result's runs.
 

@@ -30,15 +30,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from mlperf_logging.mllog import constants
 
-import json_object
-import mlperf_log
 from reporting import convergence, system_description, verdicts
 from reporting.convergence import FinishedRun, RunError
 from reporting.verdicts import RULESET, RUNS_PER_RESULT
+from run_files import mlperf_log
+from settings import json_object
 
 ROOT = Path(__file__).resolve().parent.parent
 

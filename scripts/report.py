@@ -15,12 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import hyperparameters
 from reporting import charts, convergence, verdicts
 from reporting.convergence import FinishedRun, RunError
 from reporting.markup import Markup, element, join, opening
+from settings import hyperparameters
 
 STYLE = """
 :root { color-scheme: light; }

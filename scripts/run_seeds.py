@@ -24,12 +24,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import hyperparameters
 import main as program
 from reporting import convergence
 from scripts import launch
+from settings import hyperparameters
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB_PER_RUN = 2  # What a small run needs; the default number of jobs is meant for small runs.

@@ -5,7 +5,7 @@
 #
 # Usage: scripts/run_tests.sh [--all] [ARGUMENT...]
 #   --all        the slow tests too: some 30 minutes on 2 cores
-#   ARGUMENT...  for pytest, such as tests/test_optimizers.py or -k lars
+#   ARGUMENT...  for pytest, such as tests/workloads/resnet/test_optimizers.py or -k lars
 #
 # Without ARGUMENT the fast tests run two files at a time; the slow ones use the machine alone.
 set -euo pipefail
@@ -34,7 +34,7 @@ check() {
 check ruff check --quiet .
 check ruff format --check --quiet .
 check mypy --no-error-summary
-check shellcheck -x scripts/*.sh benchmarks/*.sh .ci/run
+check shellcheck -x scripts/*.sh scripts/dev/*.sh experiments/*.sh speed/*.sh .ci/run
 check hadolint Dockerfile
 [[ ${#failed[@]} == 0 ]] || die "rejected by ${failed[*]}, see above; ruff check --fix and ruff format fix what they can"
 

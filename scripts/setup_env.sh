@@ -45,7 +45,7 @@ esac
 # A stamp tells what an environment was made from and where; without its stamp it counts as broken.
 stamp() {
     cat requirements-build.txt "${main_locks[@]}" "$@" | sha256sum | cut -d' ' -f1
-    echo "$VENV"
+    echo "$VENV" "$ROOT"
 }
 holds() { # holds NAME LOCK...: is the stamp NAME there, and right?
     [[ -f "$VENV/$1.stamp" && "$(stamp "${@:2}")" == "$(< "$VENV/$1.stamp")" ]] &&
@@ -84,6 +84,8 @@ if ! holds main; then
     for main_lock in "${main_locks[@]}"; do
         pip_install --require-hashes --no-build-isolation -r "$main_lock"
     done
+    # Programs of every folder import modules from the root.
+    echo "$ROOT" > "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/repository.pth"
     stamp > "$VENV/main.stamp"
     rm "$VENV/unfinished"
 fi

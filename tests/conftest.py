@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import backend
+from settings import backend
 
 # Before JAX is imported.
 backend.set_xla_flags('--xla_force_host_platform_device_count=8')

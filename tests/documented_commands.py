@@ -30,7 +30,9 @@ from scripts import launch, run_seeds
 ROOT = Path(__file__).parents[1]
 CONFIGS = ('imagenet', 'imagenet:sgd', 'cifar10', 'cifar10:sgd', 'cifar10_small', 'digits')
 LAUNCHERS = r'(\S*/)?(python|pytest|docker|sbatch|mpirun|tensorboard) '
-COMMAND = re.compile(rf'{LAUNCHERS}|(scripts|benchmarks)/\S+\.(sh|py)( |$)|[a-z_]+\.(py|sub) -')
+COMMAND = re.compile(
+    rf'{LAUNCHERS}|(scripts|experiments|speed)/\S+\.(sh|py)( |$)|[a-z_]+\.(py|sub) -'
+)
 # What stands for a value, and one to put there.
 PLACEHOLDERS = {
     r'START:STOP': '1:2',
@@ -187,7 +189,7 @@ def _judge_data_preparation(arguments: list[str]) -> None:
 def _judge_module(name: str, arguments: list[str]) -> None:
     if name == 'data_preparation':
         _quietly(_judge_data_preparation, arguments)
-    elif name.startswith('benchmarks.'):
+    elif name.startswith('speed.'):
         _until_parsed(name, runpy.run_module, arguments)
     # Others, such as mlperf_logging.rcp_checker, are not ours.
 

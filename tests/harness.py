@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-import distributed
-import hyperparameters
-import optimizers
 import train_lib
-from image_classification import ImageClassification
 from input_pipeline import Pipeline, find_dataset
-from models.resnet import ResNet
-from plan import make_plan
+from models.resnet.network import ResNet
+from settings import hyperparameters
+from settings.plan import make_plan
+from training import processes
+from workloads.resnet import optimizers
+from workloads.resnet.task import ImageClassification
 
 
 class TinyBottleneck(ImageClassification):
@@ -71,7 +71,7 @@ def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches
     state = programs.to_all(train_lib.initial_state(config['seed'], task, optimizer))
     micro_steps = steps * plan.accumulation_steps
     if batches is None:
-        share = distributed.share_of(mesh, plan.micro_batch)
+        share = processes.share_of(mesh, plan.micro_batch)
         source = Pipeline(dataset, config, config['seed'], share).train(0, micro_steps)
     else:
         size = plan.micro_batch

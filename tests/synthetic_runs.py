@@ -15,10 +15,10 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-import hyperparameters
-import mlperf_log
-from mlperf_log import EventLog
-from plan import Plan, make_plan
+from run_files import mlperf_log
+from run_files.mlperf_log import EventLog
+from settings import hyperparameters
+from settings.plan import Plan, make_plan
 
 EXAMPLES = {'digits': (1437, 360), 'cifar10': (50000, 10000), 'imagenet2012': (1281167, 50000)}
 COMMIT = 'c0ffee' * 6 + 'beef'

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hyperparameters import ConfigError
 from input_pipeline import DataError, DatasetError, Pipeline, Share, check, find_dataset
-from random_streams import example_order
+from settings.hyperparameters import ConfigError
 from tests.harness import resolve
+from workloads.resnet.random_streams import example_order
 
 N_TRAIN, N_EVAL = 1437, 360
 

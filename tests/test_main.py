@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import hyperparameters
 import main
+from settings import hyperparameters
 
 ROOT = Path(__file__).resolve().parents[1]
 

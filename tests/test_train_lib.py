@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import train_lib
-from image_classification import ImageClassification
-from plan import make_plan
+from settings.plan import make_plan
 from tests.harness import (
     TinyBottleneck,
     assert_close,
@@ -19,6 +18,7 @@ from tests.harness import (
     train,
     train_fp64,
 )
+from workloads.resnet.task import ImageClassification
 
 BATCH, SPAN = 32, 4
 # (devices, per-device batch); accumulation fills the rest of the batch.

@@ -6,15 +6,11 @@ batch_digests.py DATA_DIR STEPS --coordinator=… --num_processes=N --process_id
 
 import argparse
 import hashlib
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import distributed
 import train_lib
 from input_pipeline import Pipeline, find_dataset
 from tests import harness
+from training import processes
 
 parser = argparse.ArgumentParser()
 parser.add_argument('data_dir')
@@ -23,9 +19,9 @@ parser.add_argument('--coordinator')
 parser.add_argument('--num_processes', type=int)
 parser.add_argument('--process_id', type=int)
 flags = parser.parse_args()
-distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id, timeout=300)
+processes.initialize(flags.coordinator, flags.num_processes, flags.process_id, timeout=300)
 config = harness.resolve('digits', flags.data_dir, seed=7)
-share = distributed.share_of(train_lib.make_mesh(), config['global_batch_size'])
+share = processes.share_of(train_lib.make_mesh(), config['global_batch_size'])
 pipeline = Pipeline(find_dataset('digits', flags.data_dir), config, 7, share)
 for step, batch in enumerate(pipeline.train(0, flags.steps)):
     for i in range(share.size):

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import checkpointing
-import mlperf_log
+from run_files import mlperf_log
+from training import checkpointing
 
 ROOT = Path(__file__).resolve().parents[2]
 

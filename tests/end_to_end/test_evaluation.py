@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-import checkpointing
 from tests import harness
+from training import checkpointing
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

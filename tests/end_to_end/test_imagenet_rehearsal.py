@@ -122,7 +122,7 @@ def test_a_broken_record_stops_training_by_its_name(prepared, tmp_path):
 
     import input_pipeline
     from data_preparation.manifest import Record
-    from tests.test_verify import edit_shard, replace_image
+    from tests.data_preparation.test_verify import edit_shard, replace_image
 
     directory = tmp_path / 'imagenet2012' / '5.1.0'
     shutil.copytree(prepared / 'imagenet2012' / '5.1.0', directory)

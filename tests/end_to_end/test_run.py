@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import checkpointing
-import mlperf_log
+from run_files import mlperf_log
 from tests.harness import is_same
+from training import checkpointing
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ResNet v1.5 (He et al. 2015, arXiv:1512.03385; "v1.5" moves the stride to the 3×3 convolution).
+
+Images [N, H, W, 3] go in, fp32 logits [N, classes] come out. Parameter names follow torchvision's
+(`conv1`, `layer1_0/conv2`, `fc`, …), so that a checkpoint converts by renaming.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from models.resnet.batch_norm import BatchNorm
+from models.resnet.pooling import max_pool_3x3_stride_2
+
+# fp32 is computed in fp32, also in the gradients; without it, in TF32 on Ampere and later.
+PRECISION = lax.Precision.HIGHEST
+
+Padding = Literal['symmetric', 'same']
+
+
+def conv_init(truncated: bool) -> nn.initializers.Initializer:
+    """Normal of variance 2 / fan-in (He et al. 2015, arXiv:1502.01852, equation 10).
+
+    Truncated at two standard deviations and widened to the same variance, or not: the rules leave
+    the choice.
+    """
+    return nn.initializers.variance_scaling(
+        2.0, 'fan_in', 'truncated_normal' if truncated else 'normal'
+    )
+
+
+def window_padding(kernel: int, stride: int, size: int, padding: Padding) -> tuple[int, int]:
+    """Zeros before and after one spatial axis of `size` elements.
+
+    'symmetric' pads (kernel - 1) // 2 on both sides, as PyTorch's ResNet does. 'same' reproduces
+    TensorFlow's SAME, which at stride 2 and even sizes pads one less before than after.
+    """
+    if padding == 'symmetric':
+        return (kernel - 1) // 2, (kernel - 1) // 2
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+class Convolution(nn.Module):
+    """Convolution without bias, in true fp32 where its inputs are fp32."""
+
+    features: int
+    kernel: int
+    stride: int = 1
+    padding: Padding = 'symmetric'
+    dtype: jnp.dtype = jnp.float32
+    truncated_init: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [N, H, W, C] to [N, H', W', features], in `dtype`."""
+        kernel = self.param(
+            'kernel',
+            conv_init(self.truncated_init),
+            (self.kernel, self.kernel, x.shape[-1], self.features),
+            jnp.float32,
+        )
+        pads = [
+            window_padding(self.kernel, self.stride, size, self.padding) for size in x.shape[1:3]
+        ]
+        return lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=pads,
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            precision=PRECISION,
+        )
+
+
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+    """ReLU whose gradient reads its result, which the next convolution keeps in memory.
+
+    The automatic gradient reads x; at the end of a block that is two arrays, the summands.
+    """
+    return nn.relu(x)
+
+
+def _relu_forward(x):
+    # Without the barrier XLA sees that y > 0 is x > 0, and reads the summands all the same.
+    y = lax.optimization_barrier(nn.relu(x))
+    return y, y
+
+
+relu.defvjp(_relu_forward, lambda y, dy: (jnp.where(y > 0, dy, 0),))
+
+
+class Block(nn.Module):
+    """Residual block: relu(branch(x) + shortcut(x)).
+
+    The branch is 1×1, 3×3, 1×1 with a fourfold expansion (`bottleneck`), or 3×3, 3×3. The 3×3
+    convolution (the first of two) carries the stride; a 1×1 projection with BatchNorm stands on
+    the shortcut where the shape changes.
+    """
+
+    width: int
+    stride: int
+    bottleneck: bool
+    span: int
+    padding: Padding
+    dtype: jnp.dtype
+    truncated_init: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps [N, H, W, C] to [N, H/stride, W/stride, width or 4·width]."""
+        conv = functools.partial(
+            Convolution,
+            padding=self.padding,
+            dtype=self.dtype,
+            truncated_init=self.truncated_init,
+        )
+        norm = functools.partial(BatchNorm, span=self.span)
+        if self.bottleneck:
+            layers = [(self.width, 1, 1), (self.width, 3, self.stride), (4 * self.width, 1, 1)]
+        else:
+            layers = [(self.width, 3, self.stride), (self.width, 3, 1)]
+
+        y = x
+        for i, (features, kernel, stride) in enumerate(layers, start=1):
+            y = conv(features, kernel, stride, name=f'conv{i}')(y)
+            y = norm(name=f'bn{i}')(y, train)
+            y = nn.relu(y) if i < len(layers) else y
+        # Every stage's first block projects when the blocks expand (the first stage's does not
+        # change its size, but its width); otherwise only where the stride or the width changes.
+        if x.shape != y.shape:
+            x = conv(y.shape[-1], 1, self.stride, name='downsample_conv')(x)
+            x = norm(name='downsample_bn')(x, train)
+        return relu(y + x)
+
+
+class ResNet(nn.Module):
+    """ResNet v1.5.
+
+    Attributes:
+      stage_sizes: blocks in each stage; stage i is `width`·2^i wide and halves the image (i > 0).
+      bottleneck: which residual block.
+      width: channels of the stem and the first stage.
+      num_classes: width of the logits.
+      bn_span: examples per BatchNorm group.
+      large_stem: 7×7 stride 2 and a 3×3 max-pool (224×224 images), else 3×3 (small images).
+      padding: 'symmetric' (PyTorch's, exportable) or 'same' (the official TensorFlow graph).
+      dtype: of activations and convolutions; parameters and statistics are fp32.
+      truncated_init: whether convolutions start from a truncated normal distribution.
+    """
+
+    stage_sizes: Sequence[int]
+    bottleneck: bool
+    width: int
+    num_classes: int
+    bn_span: int
+    large_stem: bool
+    padding: Padding = 'symmetric'
+    dtype: jnp.dtype = jnp.float32
+    truncated_init: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps images [N, H, W, 3] to logits [N, num_classes], fp32 (or wider, if dtype is)."""
+        conv = functools.partial(
+            Convolution, dtype=self.dtype, truncated_init=self.truncated_init, name='conv1'
+        )
+        # The official graph pads the large stem by 3 on both sides under either padding.
+        x = conv(self.width, 7, 2)(x) if self.large_stem else conv(self.width, 3, 1)(x)
+        x = nn.relu(BatchNorm(self.bn_span, name='bn1')(x, train))
+        if self.large_stem:
+            pads = tuple(window_padding(3, 2, size, self.padding) for size in x.shape[1:3])
+            x = max_pool_3x3_stride_2(x, pads)
+        for stage, blocks in enumerate(self.stage_sizes):
+            for i in range(blocks):
+                x = Block(
+                    width=self.width * 2**stage,
+                    stride=2 if stage > 0 and i == 0 else 1,
+                    bottleneck=self.bottleneck,
+                    span=self.bn_span,
+                    padding=self.padding,
+                    dtype=self.dtype,
+                    truncated_init=self.truncated_init,
+                    name=f'layer{stage + 1}_{i}',
+                )(x, train)
+        precise = jnp.promote_types(self.dtype, jnp.float32)
+        features = x.astype(precise).mean(axis=(1, 2))
+        kernel_init = nn.initializers.normal(0.01)
+        return nn.Dense(
+            self.num_classes,
+            kernel_init=kernel_init,
+            dtype=precise,
+            precision=PRECISION,
+            name='fc',
+        )(features)

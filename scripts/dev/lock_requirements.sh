@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Makes the locks requirements*.txt from requirements*.in, with exact versions and hashes.
+#
+# Usage: scripts/dev/lock_requirements.sh [--upgrade]
+#   --upgrade   the newest versions the .in files allow (default: keep the locked ones where they fit)
+#
+# For those who change requirements*.in; needs uv (https://docs.astral.sh/uv). requirements-torch.txt is
+# written by hand.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+
+upgrade=()
+case "${1:-}" in
+    '') ;;
+    --upgrade) upgrade=(--upgrade) ;;
+    -h | --help) print_help; exit ;;
+    *) die "unknown argument $1; $0 --help lists the known ones" ;;
+esac
+command -v uv > /dev/null || die 'uv is missing: pip install uv'
+cd "$ROOT"
+
+# make_lock IN OUT WHAT [ARGUMENT...]
+make_lock() {
+    local body
+    uv pip compile --quiet --generate-hashes --no-header --no-emit-index-url --no-annotate \
+        --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+        ${upgrade[@]+"${upgrade[@]}"} "${@:4}" "$1" --output-file "$2"
+    body="$(grep -v '^#' "$2")"
+    {
+        echo '# SPDX-License-Identifier: Apache-2.0'
+        echo "# $3"
+        echo "# Made from $1 by scripts/dev/lock_requirements.sh; change that file, not this one."
+        echo "$body"
+    } > "$2"
+    echo "$2: $(grep -c '==' "$2") packages"
+}
+
+make_lock requirements-build.in requirements-build.txt 'pip and setuptools, which install the other locks.'
+make_lock requirements.in requirements-cpu.txt 'Training and evaluation, without the CUDA wheels.'
+make_lock requirements-gpu.in requirements.txt \
+    'Training on NVIDIA GPUs, Volta (V100) and later: requirements-cpu.txt and the CUDA 12 wheels.' \
+    --constraint requirements-cpu.txt
+make_lock requirements-tools.in requirements-tools.txt \
+    'Reports, conversion, data preparation, on top of requirements-cpu.txt or requirements.txt.'
+make_lock requirements-test.in requirements-test.txt \
+    'Tools of the tests, on top of requirements-tools.txt.'

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What XLA makes of ResNet-50's training step on a GPU, compiled on a machine that has none.
+
+    python speed/gpu_hlo.py [--spec h200] [--dtypes float32,bfloat16] [--batch 256]
+
+Needs the compiler beside either lock, but no driver and no device:
+
+    pip install --no-deps -c requirements.txt jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
+
+The device is described by speed/gpu_specs. Which algorithm cuDNN takes is chosen on the device
+alone; layouts, fusions and the memory between kernels are not. Bytes are counted in the optimised
+program: every kernel reads each of its operands and writes its results once, and nothing stays in a
+cache; cuDNN's scratch memory is left out. An activation is an array of at least the size of the
+smallest between two convolutions (7×7×512 an image). This measures no time.
+"""
+
+import argparse
+import collections
+import math
+import re
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SPECS = Path(__file__).parent / 'gpu_specs'
+
+from settings import backend  # noqa: E402
+
+COMPUTATION = re.compile(r'(ENTRY )?%([\w.-]+) \(.*\{$')
+INSTRUCTION = re.compile(r' *(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)')
+SHAPE = re.compile(r'(?:pred|[a-z]+(\d+))\[([\d,]*)\]')
+# What starts no kernel, or, like a loop, only those of its body.
+FREE = 'while parameter constant tuple get-tuple-element bitcast after-all partition-id copy-done'
+LAYOUTS = {'b01f': 'NHWC', 'bf01': 'NCHW'}
+SMALL = 0.05  # MB an image.
+WHEELS = ('jax-cuda12-pjrt', 'nvidia-cuda-nvcc-cu12')
+
+
+class Instruction(NamedTuple):
+    """A line of an optimised program; `shape` and `attributes` as they stand there."""
+
+    shape: str
+    op: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    def attribute(self, pattern: str) -> str:
+        """What follows `pattern` among the attributes, or nothing."""
+        found = re.search(pattern + r'([^",\s]+)', self.attributes)
+        return found[1] if found else ''
+
+
+def arrays(shape: str) -> Iterator[tuple[int, int]]:
+    """Elements of every array in a shape, and bytes of each."""
+    for bits, dimensions in SHAPE.findall(shape):
+        yield math.prod(map(int, filter(None, dimensions.split(',')))), int(bits or 8) // 8
+
+
+def size(shape: str) -> int:
+    """Bytes of a result, without cuDNN's scratch memory at the end of a tuple."""
+    return sum(count * width for count, width in arrays(re.sub(r', u8\[\d+\]\{0\}\)$', ')', shape)))
+
+
+def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """The computations of a program by name, each its instructions by name; the entry's name."""
+    computations, entry, current = {}, '', {}
+    for line in text.splitlines():
+        if found := COMPUTATION.match(line):
+            current = computations[found[2]] = {}
+            entry = found[2] if found[1] else entry
+        elif found := INSTRUCTION.match(line):
+            name, shape, op, operands, attributes = found.groups()
+            names = dict.fromkeys(re.findall(r'%([\w.-]+)', operands))
+            current[name] = Instruction(shape, op, tuple(names), attributes)
+    return computations, entry
+
+
+def analyse(text: str, batch: int) -> dict[str, str]:
+    """The table's rows for one optimised program."""
+    computations, entry = parse(text)
+    main = computations[entry]
+    loops = [i.attribute('body=%') for i in main.values() if i.op == 'while']
+
+    def is_activation(shape: str) -> bool:
+        return any(count >= batch * 7 * 7 * 512 for count, _ in arrays(shape))
+
+    read, written, kernels = 0, 0, []
+    convolutions, layouts, large = (collections.Counter[str]() for _ in range(3))
+    for body in (main, *(computations[name] for name in loops)):
+        for kernel in (i for i in body.values() if i.op not in FREE.split()):
+            into = sum(size(body[name].shape) for name in kernel.operands)
+            read, written = read + into, written + size(kernel.shape)
+            kernels.append((into + size(kernel.shape)) / batch / 1e6)
+            target = kernel.attribute('custom_call_target="')
+            if target.startswith('__cudnn$conv'):
+                convolutions[target.removeprefix('__cudnn$')] += 1
+                layouts[LAYOUTS[kernel.attribute('dim_labels=')[:4]]] += 1
+            fused = computations.get(kernel.attribute('calls=%'))
+            for part in fused.values() if fused else [kernel]:
+                # Of a reduction the operand is large, of all else the result.
+                reduced = part.op == 'reduce' and (fused or body)[part.operands[0]]
+                large[part.op] += is_activation((reduced or part).shape)
+    return {
+        'MB/image moved': f'{sum(kernels):.1f}',
+        'of these read, written': f'{read / batch / 1e6:.1f}, {written / batch / 1e6:.1f}',
+        'convolutions': ', '.join(
+            f'{count} {kind}' for kind, count in sorted(convolutions.items())
+        ),
+        'their layouts': ', '.join(f'{count} {name}' for name, count in layouts.items()),
+        **{f'{op} of activations': str(large[op]) for op in ('transpose', 'copy', 'convert')},
+        'reductions over activations': str(large['reduce']),
+        'kernels': str(len(kernels)),
+        f'of these below {SMALL} MB/image': str(sum(moved < SMALL for moved in kernels)),
+    }
+
+
+def compile_step(device: str, dtype: str, batch: int):
+    """The training step of configs/imagenet.py, `batch` images on one device."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    import train_lib
+    from configs import imagenet
+    from settings import hyperparameters
+    from settings.plan import make_plan
+    from workloads.resnet import optimizers
+    from workloads.resnet.task import ImageClassification
+
+    jax.config.update('jax_platforms', 'cpu')
+    changes = {'dtype': dtype, 'global_batch_size': batch, 'per_device_batch': batch, 'seed': 1}
+    changes = {name: str(value) for name, value in changes.items()}
+    config = hyperparameters.resolve(imagenet.get_config(), changes)
+    plan = make_plan(config, num_train=1_281_167, num_eval=50_000, num_devices=1)
+    topology = topologies.get_topology_desc(platform='cuda', target_config=device, topology='1x1x1')
+    train, _ = train_lib.lower_steps(
+        ImageClassification(config, 1000),
+        optimizers.create(config, plan),
+        plan.micro_batch,
+        jax.sharding.Mesh(np.array(topology.devices), (train_lib.AXIS,)),
+    )
+    return train.compile()
+
+
+def main() -> None:
+    """Prints the table, a column a dtype."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--spec', choices=sorted(f.stem for f in SPECS.iterdir()), default='h200')
+    parser.add_argument('--dtypes', default='float32,bfloat16')
+    parser.add_argument('--batch', type=int, default=256, help='a multiple of bn_span (64)')
+    flags = parser.parse_args()
+    if missing := [name for name in WHEELS if not list(metadata.distributions(name=name))]:
+        sys.exit(f'not installed: {", ".join(missing)}; see the top of speed/gpu_hlo.py')
+    # Autotuning runs candidates on the device.
+    backend.set_xla_flags(*backend.DETERMINISTIC_GPU_FLAGS, '--xla_gpu_autotune_level=0')
+    device, columns = (SPECS / f'{flags.spec}.txtpb').read_text(), {}
+    for dtype in flags.dtypes.split(','):
+        compiled = compile_step(device, dtype, flags.batch)
+        memory = compiled.memory_analysis().temp_size_in_bytes / 1e9
+        columns[dtype] = analyse(compiled.as_text(), flags.batch) | {
+            'temporary memory, GB': f'{memory:.2f}'
+        }
+    print(f'| {flags.spec}, batch {flags.batch} |', ' | '.join(columns), '|')
+    print('|---' * (1 + len(columns)) + '|')
+    for row in next(iter(columns.values())):
+        print(f'| {row} |', ' | '.join(column[row] for column in columns.values()), '|')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Everything about speed that needs a GPU, in one command: is fp32 fp32, the table of the training step
+# beside PyTorch, the loop against the bare step, the time to the first step, a profile.
+#
+# Usage: speed/gpu_session.sh [PART...]
+#   PART  fp32, digits, main, grid, first, profile (default: all, in this order; main is the comparison
+#         at batch 256, grid the other batches, float16 and accumulation)
+#
+# Environment: OUT             where the results go (default: runs/gpu_session)
+#              PYTHON          a Python with JAX for the GPU and what main.py imports (default: .venv's,
+#                              made by scripts/setup_env.sh --gpu)
+#              PEER_PYTHON     a Python with PyTorch and torchvision, see speed/requirements-train-step.txt
+#                              (default: PYTHON, if it has them; without them there is no comparison)
+#              LIMIT_SECONDS   for one part (default: 600)
+#              ALLOW_CPU, SMALL  not empty: also without a GPU; arguments that make the step small
+#
+# Results: $OUT/table.md, $OUT/results.jsonl, $OUT/log.txt, $OUT/trace.json.gz (for Perfetto). A part that
+# fails, or is cut short, is said at the end; the others still run.
+set -uo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib.sh"
+case "${1:-}" in -h | --help) print_help; exit ;; esac
+
+cd "$ROOT" || die "cannot enter $ROOT"
+OUT="${OUT:-runs/gpu_session}"
+mkdir -p "$OUT" || die "cannot write to OUT=$OUT"
+if [[ -z "${PYTHON:-}" ]]; then
+    scripts/setup_env.sh --gpu || die 'the environment could not be made; see above, or name a Python: PYTHON=...'
+    PYTHON="$VENV/bin/python"
+fi
+"$PYTHON" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")' ||
+    [[ -n "${ALLOW_CPU:-}" ]] || die "JAX of $PYTHON sees no GPU"
+PEER_PYTHON="${PEER_PYTHON:-$PYTHON}"
+peer=()
+if "$PEER_PYTHON" -c 'import pytest, torch, torchvision' 2> /dev/null; then
+    peer=(--peer=pytorch --peer_python="$PEER_PYTHON")
+else
+    echo "no comparison: $PEER_PYTHON lacks pytest, torch or torchvision"
+fi
+cache="$OUT/cache"
+trap 'rm -rf "$cache" "$OUT/scratch"' EXIT # Neither belongs to the results.
+
+"$PYTHON" -m data_preparation digits --data_dir=data || die 'the digits could not be prepared; see above'
+
+failed=()
+part() { # part NAME COMMAND...: runs it within the limit, into the log
+    echo "== $1: $(date -u +%H:%M:%S)" | tee -a "$OUT/log.txt"
+    PYTHONUNBUFFERED=1 timeout "${LIMIT_SECONDS:-600}" "${@:2}" 2>> "$OUT/log.txt" | tee -a "$OUT/table.md" ||
+        failed+=("$1")
+}
+refuse() { # refuse COMMAND...: succeeds when it fails with status 1
+    "$@"
+    [[ $? == 1 ]]
+}
+export -f refuse
+
+step=("$PYTHON" speed/train_step.py --cache="$cache" --json="$OUT/results.jsonl")
+read -ra small <<< "${SMALL:-}"
+for name in "${@:-all}"; do
+    known=no
+    wants() { [[ "$name" == all || "$name" == "$1" ]] && known=yes; }
+    if wants fp32; then
+        part fp32 "$PYTHON" speed/fp32_check.py --image_size 128
+        # The check must be able to fail.
+        part fp32-removed bash -c 'refuse "$@"' - "$PYTHON" speed/fp32_check.py --image_size 128 --precision default
+    fi
+    if wants digits; then
+        for dtype in float32 bfloat16 float16; do
+            part "digits-$dtype" "$PYTHON" main.py --config=configs/digits.py --workdir="$OUT/scratch/$dtype" \
+                --config.dtype=$dtype --config.log_every_steps=200
+        done
+    fi
+    if wants main; then
+        part main "${step[@]}" "${peer[@]}" --dtypes=float32,bfloat16 --batches=256 --rounds=3 --loop_steps=400 \
+            "${small[@]}"
+    fi
+    if wants grid; then
+        part grid-bfloat16 "${step[@]}" "${peer[@]}" --dtypes=bfloat16 --batches=64,128,512 --rounds=3 "${small[@]}"
+        part grid-float16 "${step[@]}" "${peer[@]}" --dtypes=float16 --batches=256 --rounds=3 "${small[@]}"
+        part grid-float32 "${step[@]}" "${peer[@]}" --dtypes=float32 --batches=64,128,512 --rounds=3 --steps=10 "${small[@]}"
+        part grid-accumulation "${step[@]}" "${peer[@]}" --dtypes=bfloat16,float32 --batches=256 --accumulation=4 \
+            --rounds=3 --steps=5 "${small[@]}"
+        part grid-deterministic "${step[@]}" --dtypes=float32,bfloat16 --batches=256 --rounds=3 --deterministic "${small[@]}"
+    fi
+    if wants first; then
+        part first "$PYTHON" speed/train_step.py --first_step=configs/digits.py
+    fi
+    if wants profile; then
+        part profile "${step[@]}" --dtypes=bfloat16 --batches=256 --rounds=1 --trace="$OUT/scratch/profile" "${small[@]}"
+        find "$OUT/scratch/profile" -name '*.trace.json.gz' -exec cp {} "$OUT/trace.json.gz" \;
+        [[ -s "$OUT/trace.json.gz" ]] || failed+=(trace)
+    fi
+    [[ "$known" == yes ]] || die "unknown part $name; $0 --help lists the known ones"
+done
+echo "results: $OUT/table.md, $OUT/results.jsonl"
+[[ ${#failed[@]} == 0 ]] || die "failed or cut short: ${failed[*]}; see $OUT/log.txt"

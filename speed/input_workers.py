@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contestants of speed/input_pipeline.py, each a process that makes batches when told to.
+
+A worker takes (name, folder, image size, batch size) and reads numbers from its standard input; for
+each it makes so many batches and writes the seconds that took, and the CPU seconds of all its
+processes. What it had ready before is used up first, untimed. All train on the same JPEGs with the
+same crop parameters: `FOLDER/jpegs/*`, which `FOLDER/data` has as records.
+
+    raw     decode + crop + resize in one thread per core, no framework, from memory: the ceiling
+    ours    this repository's pipeline, from ArrayRecord to uint8 batches
+    tfdata  the official recipe: fused decode-and-crop, old-grid bilinear resize, float32 batches
+    torch   a DataLoader with one process per core, Pillow, from files, uint8 batches
+"""
+
+import itertools
+import os
+import queue
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+CORES = len(os.sched_getaffinity(0))
+READY_AT_MOST = 2 * CORES + 2  # batches that a contestant may hold: PyTorch two a process
+CHANNEL_MEANS = (123.68, 116.78, 103.94)
+
+
+def jpegs(folder: Path) -> list[bytes]:
+    """The encoded images, in memory."""
+    return [path.read_bytes() for path in sorted((folder / 'jpegs').iterdir())]
+
+
+def raw(folder: Path, size: int, batch: int) -> Iterator[None]:
+    """The ceiling: decode, crop and resize alone."""
+    from workloads.resnet.image_preprocessing import decode_and_random_crop
+
+    images = jpegs(folder)
+    done = queue.Queue(maxsize=4 * CORES)
+
+    def decode(first: int) -> None:
+        """Images first, first + CORES, …; a token for every sixteenth of a batch."""
+        out = np.empty((size, size, 3), np.uint8)
+        rng = np.random.default_rng(first)
+        for i in itertools.count(1):
+            decode_and_random_crop(
+                images[(first + i * CORES) % len(images)], rng, size=size, out=out
+            )
+            if i % (batch // 16) == 0:
+                done.put(None)
+
+    for first in range(CORES):
+        threading.Thread(target=decode, args=(first,), daemon=True).start()
+    while True:
+        yield [done.get() for _ in range(16)]
+
+
+def ours(folder: Path, size: int, batch: int) -> Iterator[dict]:
+    """This pipeline."""
+    from input_pipeline import Pipeline, Share, find_dataset
+
+    config = {
+        'image_size': size,
+        'augmentation': 'crop_resize',
+        'cache_gib': 0.0,
+        'data_threads': None,
+        'data_processes': 0,
+    }
+    dataset = find_dataset('imagenet2012', str(folder / 'data'))
+    pipeline = Pipeline(dataset, config, seed=1, share=Share(0, batch, batch))
+    yield from pipeline.train(0, 1 << 30)
+
+
+def tfdata(folder: Path, size: int, batch: int) -> Iterator[object]:
+    """The official recipe in tf.data."""
+    os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+    import tensorflow as tf
+
+    # TensorFlow reads no ArrayRecord: the same images as TFRecords, in the page cache as ours are.
+    records = folder / 'images.tfrecord'
+    with tf.io.TFRecordWriter(str(records)) as writer:
+        for image in jpegs(folder):
+            feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[image]))
+            features = tf.train.Features(feature={'image/encoded': feature})
+            writer.write(tf.train.Example(features=features).SerializeToString())
+    whole = tf.constant([0.0, 0.0, 1.0, 1.0], shape=[1, 1, 4])
+
+    def preprocess(serialized):
+        schema = {'image/encoded': tf.io.FixedLenFeature([], tf.string)}
+        encoded = tf.io.parse_single_example(serialized, schema)['image/encoded']
+        begin, extent, _ = tf.image.sample_distorted_bounding_box(
+            tf.image.extract_jpeg_shape(encoded),
+            bounding_boxes=whole,
+            min_object_covered=0.1,
+            aspect_ratio_range=[0.75, 1.33],
+            area_range=[0.05, 1.0],
+            max_attempts=100,
+            use_image_if_no_bounding_boxes=True,
+        )
+        (y, x, _), (height, width, _) = tf.unstack(begin), tf.unstack(extent)
+        window = tf.stack([y, x, height, width])
+        image = tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
+        image = tf.image.random_flip_left_right(image)
+        image = tf.compat.v1.image.resize(
+            image, [size, size], tf.image.ResizeMethod.BILINEAR, align_corners=False
+        )
+        image.set_shape([size, size, 3])
+        return image - tf.constant(CHANNEL_MEANS)
+
+    dataset = tf.data.TFRecordDataset([str(records)]).repeat()
+    dataset = dataset.map(preprocess, num_parallel_calls=tf.data.AUTOTUNE)
+    yield from dataset.batch(batch, drop_remainder=True).prefetch(2)
+
+
+def torch(folder: Path, size: int, batch: int) -> Iterator[object]:
+    """A DataLoader with Pillow."""
+    import torch
+    from PIL import Image
+
+    from workloads.resnet.image_preprocessing import sample_crop
+
+    paths = sorted((folder / 'jpegs').iterdir())
+
+    class Jpegs(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            rng = np.random.default_rng(torch.utils.data.get_worker_info().id)
+            for path in itertools.cycle(paths):
+                image = Image.open(path).convert('RGB')
+                y, x, height, width = sample_crop(image.height, image.width, rng)
+                box = (x, y, x + width, y + height)
+                image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+                if rng.random() < 0.5:
+                    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                yield torch.from_numpy(np.array(image))
+
+    yield from torch.utils.data.DataLoader(Jpegs(), batch, num_workers=CORES)
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of its running and ended children."""
+    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in own)
+    for status in Path('/proc').glob('[0-9]*/stat'):
+        try:
+            fields = status.read_text().rpartition(')')[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            seconds += (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+    return seconds
+
+
+def main() -> None:
+    """Serves: a number of batches in, wall and CPU seconds out."""
+    name, folder, size, batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    batches = {'raw': raw, 'ours': ours, 'tfdata': tfdata, 'torch': torch}[name](
+        folder, size, batch
+    )
+    for _ in range(READY_AT_MOST):
+        next(batches)
+    print('ready', flush=True)
+    for line in sys.stdin:
+        for _ in range(READY_AT_MOST):
+            next(batches)
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        for _ in range(int(line)):
+            next(batches)
+        print(time.perf_counter() - wall, cpu_seconds() - cpu, flush=True)
+    os._exit(0)  # its threads and processes need no further care
+
+
+if __name__ == '__main__':
+    main()

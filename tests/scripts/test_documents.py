@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents say is so: links lead somewhere, commands name what exists and work."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import documented_commands
+from tests.documented_commands import Rejected
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), *ROOT.glob('tests/**/*.md')])
+PROGRAMS = sorted(
+    [
+        ROOT / 'main.py',
+        *ROOT.glob('scripts/*.py'),
+        *ROOT.glob('scripts/*.s*'),
+        *ROOT.glob('experiments/*.*'),
+    ]
+)
+PROGRAMS = [path for path in PROGRAMS if path.name not in ('lib.sh', '__init__.py')]
+
+
+def blocks(document):
+    return re.findall(r'```sh\n(.*?)```', document.read_text(), re.S)
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_left_to_be_filled_in(document):
+    assert not re.findall(r'@[A-Z]+@|TODO|FIXME|XXX', document.read_text())
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r'\]\(([^)#\s]+)[^)]*\)', document.read_text()):
+        if not target.startswith('http'):
+            assert (document.parent / target).exists(), target
+
+
+def rejected(commands, judge) -> list[str]:
+    """Those that their own parsers, or the configuration they name, do not take."""
+    said = []
+    for command in commands:
+        try:
+            judge(documented_commands.words_of(command))
+        except Rejected as error:
+            said.append(f'{command}\n{error}')
+    return said
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_is_one_that_its_program_takes(document):
+    commands = documented_commands.find(document.read_text())
+    assert not rejected(commands, documented_commands.judge)
+
+
+@pytest.mark.parametrize('program', PROGRAMS, ids=lambda path: path.name)
+def test_every_command_in_a_help_text_is_one_that_its_program_takes(program):
+    commands = list(documented_commands.find_in_help(program))
+    assert commands
+    assert not rejected(commands, documented_commands.judge)
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_fields_that_a_text_names_fit_a_configuration(document):
+    found = re.findall(r'`(--config\.[^`\n]+)`', document.read_text())
+    fields = [text for text in found if '=' in text and '.NAME' not in text]
+    assert not rejected(fields, documented_commands.judge_fields)
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        'python main.py --config=configs/imagenet.py --workdir=DIR --config.init_from=CHECKPOINT',
+        'python main.py --config=configs/imagenet.py --workdir=DIR --config.lars_epsilon=1e-7',
+        'scripts/run_and_time.sh configs/digits.py --config.batch_size=8',
+        'scripts/run_and_time.sh configs/nothing.py',
+        'scripts/run_and_time.sh configs/digits.py --gpus=none',
+        'python scripts/launch.py --cpus=N -- main.py --config=configs/digits.py',
+        'python scripts/run_seeds.py --config=configs/digits.py --runs=N --config.seed=1',
+        'python scripts/report.py',
+        'experiments/study_cifar10.sh --tiny',
+        'scripts/download_dataset.sh imagenet --from PATH',
+        'docker run resnet-jax scripts/run_and_time.sh --config.dtype=float8',
+        'sbatch --nodes=N scripts/slurm.sub configs/imagenet.py WORKDIR --config.momentum=2',
+        'python scripts/nothing.py',
+        'scripts/run_seeds.py --config=configs/digits.py --runs=N',
+        'pytest tests/test_nothing.py',
+    ],
+)
+def test_a_wrong_command_would_be_found(command):
+    assert list(documented_commands.find(f'`{command}`')) == [command]
+    assert rejected([command], documented_commands.judge)
+
+
+def test_commands_marked_in_the_requirements_work():
+    text = (ROOT / 'docs' / 'requirements.md').read_text()
+    marked = re.findall(r'✓ `([^`]+)`', text)
+    assert len(marked) >= 3
+    for command in marked:
+        words = [sys.executable if word == 'python' else word for word in shlex.split(command)]
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_work(tmp_path):
+    """The commands of its blocks, to the letter, but for where they write."""
+    environment = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
+    environment |= {'VENV': sys.prefix, 'LOCK': 'cpu'}
+    ran = 0
+    for block in blocks(ROOT / 'README.md'):
+        for line in block.splitlines():
+            command = line.split(' #')[0].strip()
+            if command.startswith('scripts/run_tests.sh'):
+                continue  # This is it.
+            if 'run_and_time.sh' in command:
+                command += f' --workdir={tmp_path / str(ran)}'
+            done = subprocess.run(
+                command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'
+            ran += 1
+    assert ran >= 4

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many seeds: finished runs are kept, others go on, and what cannot is left alone with a reason.
+
+The training program is replaced by one that writes a run's files at once, or does what the file
+BEHAVIOUR in the folder of the runs says for that run.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts import run_seeds
+from tests.synthetic_runs import curve, resolve, write_run
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import json, os, signal, sys, time
+from pathlib import Path
+from tests.synthetic_runs import curve, plan_of, resolve, write_run
+flags = dict(a[2:].split('=', 1) for a in sys.argv[1:])
+workdir = Path(flags.pop('workdir'))
+flags.pop('config')
+config = resolve('digits', **{k.removeprefix('config.'): v for k, v in flags.items()})
+behaviour = json.loads((workdir.parent / 'BEHAVIOUR').read_text()).get(workdir.name, 'reach')
+if (workdir / 'config.json').exists():
+    print('error: a line is damaged', file=sys.stderr)
+    sys.exit(2)
+if behaviour == 'wait':
+    def save(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1)
+        print('saved', flush=True)
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+    print('running', flush=True)
+    time.sleep(60)
+if behaviour == 'fail':
+    sys.exit(3)
+if behaviour == 'refuse':
+    print('error: the data set is missing', file=sys.stderr)
+    sys.exit(2)
+missed = [0.5] * len(plan_of(config).evaluations)
+write_run(workdir, config, missed if behaviour == 'miss' else curve(config, 5),
+          seed=int.from_bytes(os.urandom(7)))
+sys.exit(1 if behaviour == 'miss' else 0)
+"""
+
+
+@pytest.fixture
+def seeds(tmp_path, monkeypatch):
+    """Calls run_seeds on a folder of runs, each with a behaviour by name; (status, folder)."""
+    program, out = tmp_path / 'program', tmp_path / 'out'
+    program.mkdir()
+    out.mkdir()
+    (program / 'main.py').write_text(PROGRAM)
+    monkeypatch.setattr(run_seeds, 'ROOT', program)
+
+    def call(*arguments, **behaviours):
+        names = {name.removeprefix('run_'): value for name, value in behaviours.items()}
+        (out / 'BEHAVIOUR').write_text(json.dumps(names))
+        return run_seeds.main([f'--out={out}', '--jobs=2', *arguments]), out
+
+    return call
+
+
+def test_every_run_has_its_own_seed_and_finished_ones_are_kept(seeds, capsys):
+    status, out = seeds('--runs=2')
+    assert status == 0
+    before = {path: path.stat().st_mtime_ns for path in out.glob('*/mlperf.log')}
+    assert len(before) == 2
+    status, out = seeds('--runs=3')
+    assert status == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    drawn = {json.loads(path.read_text())['seed'] for path in out.glob('*/config.json')}
+    assert len(drawn) == 3
+    assert '3/3 runs, 3 reached the target' in capsys.readouterr().out
+
+
+def test_run_that_missed_its_target_is_a_result_and_is_kept(seeds, capsys):
+    assert seeds('--runs=2', run_002='miss')[0] == 1
+    assert seeds('--runs=2')[0] == 1
+    assert '1 missed it' in capsys.readouterr().out
+
+
+def test_failed_run_is_tried_again_next_time(seeds):
+    assert seeds('--runs=2', run_001='fail')[0] == 3
+    assert seeds('--runs=2')[0] == 0
+
+
+def test_run_that_cannot_go_on_is_left_alone_and_the_others_are_made(seeds, capsys):
+    _, out = seeds('--runs=2')
+    (out / '002' / 'mlperf.log').write_text('no log')
+    capsys.readouterr()
+    status, _ = seeds('--runs=3')
+    assert status == 3
+    assert (out / '002' / 'mlperf.log').read_text() == 'no log'
+    said = capsys.readouterr().out
+    assert 'run 002 was refused: error: a line is damaged' in said
+    assert '2 reached the target, 0 missed it, 1 failed' in said
+    assert f'rename {out / "002"} to 002.damaged-1' in said
+    (out / '002').rename(out / '002.damaged-1')
+    assert seeds('--runs=3')[0] == 0
+
+
+def test_fault_of_all_runs_ends_at_once_with_its_words(seeds, capsys):
+    assert seeds('--runs=50', run_001='refuse', run_002='refuse')[0] == 2
+    assert 'the data set is missing' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['--config.seed=3'], 'draws its own seed'),
+        (['--config.momentum=2'], 'breaks the rule'),
+        (['--config=none.py'], 'no such file'),
+        (['--config.learning_rate=7'], 'another configuration'),
+    ],
+)
+def test_refusals(seeds, capsys, arguments, words):
+    _, out = seeds('--runs=1')
+    with (out / '001' / 'mlperf.log').open('r+') as log:  # As of a run that was interrupted.
+        log.truncate(1000)
+    before = sorted(out.iterdir())
+    assert seeds('--runs=2', *arguments)[0] == 2
+    assert words in capsys.readouterr().err
+    assert sorted(out.iterdir()) == before
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_signals_let_the_runs_save_and_end(tmp_path, number):
+    """Repeated, too; after SIGKILL the system is who tells the runs."""
+    program, out = tmp_path / 'program', tmp_path / 'out'
+    program.mkdir()
+    out.mkdir()
+    (program / 'main.py').write_text(PROGRAM)
+    (out / 'BEHAVIOUR').write_text(json.dumps({'001': 'wait', '002': 'wait'}))
+    text = (  # With the signals of a terminal, also where the tests run under nohup.
+        'import signal; signal.signal(signal.SIGINT, signal.default_int_handler);'
+        'signal.signal(signal.SIGHUP, signal.SIG_DFL);'
+        f'import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path;'
+        f'from scripts import run_seeds; run_seeds.ROOT = Path({str(program)!r});'
+        f'sys.exit(run_seeds.main(["--runs=2", "--jobs=2", "--out={out}"]))'
+    )
+    process = subprocess.Popen([sys.executable, '-c', text], stdout=subprocess.PIPE, text=True)
+
+    def until_both_say(word):
+        until = time.monotonic() + 60
+        texts = [out / '001.txt', out / '002.txt']
+        while not all(path.exists() and word in path.read_text() for path in texts):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+    until_both_say('running')
+    process.send_signal(number)
+    time.sleep(0.5)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    until_both_say('saved')
+    if number != signal.SIGKILL:
+        assert process.returncode == 75
+        assert 'the same command goes on' in said
+
+
+def test_signal_while_a_run_is_started_reaches_that_run(seeds, monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, 'Popen', Popen)
+    assert seeds('--runs=3', run_001='wait', run_002='wait')[0] == 75
+    assert len(started) <= 2
+    assert {process.poll() for process in started} <= {75, -signal.SIGTERM}
+
+
+def test_what_is_ignored_stays_ignored(seeds):
+    """As nohup does it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert seeds('--runs=1')[0] == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_finished_reads_what_a_run_left(tmp_path):
+    config = resolve('digits')
+    write_run(tmp_path / 'a', config, curve(config, 4))
+    assert run_seeds.finished(tmp_path / 'a', config) == 0
+    assert run_seeds.finished(tmp_path / 'none', config) is None

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints come back bit for bit or not at all, and hold nothing about hardware."""
+
+import errno
+import os
+import shutil
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+import train_lib
+from run_files.line_file import SaveError
+from settings import plan
+from tests import harness
+from training import checkpointing
+from workloads.resnet import optimizers
+from workloads.resnet.task import ImageClassification
+
+
+def template(*, devices=1, per_device_batch=None, **overrides):
+    config = harness.resolve('digits', 'nowhere', per_device_batch=per_device_batch, **overrides)
+    numbers = plan.make_plan(config, num_train=1437, num_eval=360, num_devices=devices)
+    task, optimizer = ImageClassification(config, 10), optimizers.create(config, numbers)
+    return jax.eval_shape(
+        lambda key: train_lib.create_train_state(key, task, optimizer), jax.random.key(0)
+    )
+
+
+def tree_at(step):
+    """A tree as a run has it at a step, of arrays that differ from step to step."""
+    rng = np.random.default_rng(step)
+    tree = jax.tree.map(
+        lambda s: rng.standard_normal(s.shape).astype(s.dtype),
+        checkpointing.to_tree(template()),
+    )
+    return tree | {'step': np.int32(step)}
+
+
+@pytest.fixture(scope='module')
+def two_saved(tmp_path_factory):
+    """A directory with checkpoints of steps 3 and 7."""
+    directory = tmp_path_factory.mktemp('two')
+    with_checkpoints(directory, lambda c: [c.save(tree_at(s), {'step': s}) for s in (3, 7)])
+    return directory
+
+
+def with_checkpoints(directory, use):
+    """What `use` returns, and what was reported meanwhile."""
+    reports = []
+    checkpoints = checkpointing.Checkpoints(directory, reports.append)
+    result = use(checkpoints)
+    checkpoints.close()
+    return result, reports
+
+
+def restored(directory):
+    """What is found, as a tree; and what is reported when the run then opens the directory."""
+    found = checkpointing.find(directory, template())
+    reports = []
+    checkpointing.Checkpoints(directory, reports.append, found.damaged).close()
+    return found.tree, reports
+
+
+def test_the_newest_comes_back_bit_for_bit(two_saved):
+    tree, reports = restored(two_saved)
+    assert harness.is_same(tree, tree_at(7))
+    assert not reports
+    assert checkpointing.read(two_saved / '7')[1]['step'] == 7
+
+
+def test_an_empty_directory_has_none(tmp_path):
+    assert restored(tmp_path / 'new') == (None, [])
+
+
+def test_no_more_than_two_are_kept(tmp_path):
+    with_checkpoints(tmp_path, lambda c: [c.save(tree_at(s), {}) for s in (1, 2, 3)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['2', '3']
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {'flipped': flip, 'truncated': truncate, 'deleted': lambda file: file.unlink()}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_file_costs_one_checkpoint_and_a_line(two_saved, tmp_path, damage, capfd):
+    """Each file of the newest in turn. One that nothing depends on may be damaged unnoticed."""
+    files = [f for f in (two_saved / '7').rglob('*') if f.is_file() and f.stat().st_size]
+    noticed = 0
+    for i, file in enumerate(files):
+        directory = tmp_path / str(i)
+        shutil.copytree(two_saved, directory)
+        DAMAGES[damage](directory / file.relative_to(two_saved))
+        tree, reports = restored(directory)
+        if not reports:
+            assert harness.is_same(tree, tree_at(7)), file
+            continue
+        noticed += 1
+        assert harness.is_same(tree, tree_at(3)), file
+        assert len(reports) == 1
+        assert f'{directory / "7"} is damaged' in reports[0]
+        assert (directory / 'damaged-7').is_dir()
+    assert noticed
+    assert capfd.readouterr() == ('', '')
+
+
+def test_arrays_that_are_named_and_not_there_cost_a_line(two_saved, tmp_path, capfd):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    metadata = tmp_path / '7' / 'state' / '_METADATA'
+    metadata.write_text(metadata.read_text().replace('"layer1_0"', '"layer9_0"'))
+    tree, reports = restored(tmp_path)
+    assert harness.is_same(tree, tree_at(3))
+    assert 'it has no array' in reports[0]
+    assert capfd.readouterr() == ('', '')
+
+
+def test_looking_for_a_checkpoint_writes_nothing(two_saved, tmp_path):
+    assert checkpointing.find(tmp_path / 'none', template()).step == 0
+    assert not (tmp_path / 'none').exists()
+    shutil.copytree(two_saved, tmp_path / 'some')
+    shutil.rmtree(tmp_path / 'some' / '7' / 'state')
+    (tmp_path / 'some' / '9.orbax-checkpoint-tmp').mkdir()
+    before = sorted(tmp_path.rglob('*'))
+    found = checkpointing.find(tmp_path / 'some', template())
+    assert found.step == 3
+    assert [path.name for path, _ in found.damaged] == ['7']
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_half_written_checkpoint_is_not_used(two_saved, tmp_path):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(two_saved / '7', tmp_path / '9.orbax-checkpoint-tmp')
+    (tmp_path / '11').mkdir()
+    tree, _ = restored(tmp_path)
+    assert harness.is_same(tree, tree_at(7))
+    assert not (tmp_path / '9.orbax-checkpoint-tmp').exists()
+
+
+def test_a_run_goes_on_saving_after_a_damaged_checkpoint(two_saved, tmp_path):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / '7' / 'state')
+
+    restored(tmp_path)
+    with_checkpoints(tmp_path, lambda c: c.save(tree_at(7), {'step': 7}))
+    tree, reports = restored(tmp_path)
+    assert harness.is_same(tree, tree_at(7))
+    assert not reports
+
+
+def test_the_same_step_may_be_damaged_twice(two_saved, tmp_path):
+    for _ in range(2):
+        shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+        (tmp_path / '7' / 'state' / '_METADATA').write_text('no JSON')
+        tree, _ = restored(tmp_path)
+        assert harness.is_same(tree, tree_at(3))
+    assert (tmp_path / 'damaged-7').is_dir()
+    assert (tmp_path / 'damaged-7-2').is_dir()
+
+
+def test_a_save_returns_before_anything_is_written(tmp_path, monkeypatch):
+    may_write, reports = threading.Event(), []
+    checkpoints = checkpointing.Checkpoints(tmp_path, reports.append)
+    write = checkpoints._manager.save
+    monkeypatch.setattr(
+        checkpoints._manager, 'save', lambda *a, **k: may_write.wait(60) and write(*a, **k)
+    )
+    checkpoints.save(tree_at(1), {})
+    assert not list(tmp_path.iterdir())
+    may_write.set()
+    assert checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ['1']
+    assert not reports
+
+
+def test_closing_says_whether_the_last_save_landed(tmp_path, monkeypatch, capfd):
+    reports = []
+    checkpoints = checkpointing.Checkpoints(tmp_path / 'good', reports.append)
+    checkpoints.save(tree_at(1), {})
+    assert checkpoints.close()
+    checkpoints = checkpointing.Checkpoints(tmp_path / 'bad', reports.append)
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    checkpoints.save(tree_at(1), {})
+    assert not checkpoints.close()
+    assert reports == [f'a checkpoint could not be saved in {tmp_path / "bad"}: [Errno 28] full']
+    assert not list((tmp_path / 'bad').iterdir())
+    assert capfd.readouterr() == ('', '')
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, 'full')
+
+
+def test_a_folder_that_is_gone_ends_the_run(tmp_path):
+    checkpoints = checkpointing.Checkpoints(tmp_path / 'w' / 'checkpoints', print)
+    shutil.rmtree(tmp_path / 'w')
+    checkpoints.save(tree_at(1), {})
+    with pytest.raises(SaveError, match='is gone'):
+        checkpoints.close()
+    assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_start_no_run(tmp_path, value):
+    tree = tree_at(3)
+    tree['variables']['params']['conv1']['kernel'][0, 0, 0, 0] = value
+    checkpointing.write(tmp_path / '3', tree, {})
+    with pytest.raises(checkpointing.CheckpointError, match='1 arrays .* params/conv1/kernel'):
+        checkpointing.read_weights(tmp_path / '3')
+
+
+def test_it_is_an_error_when_none_is_whole(two_saved, tmp_path):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    for step in ('3', '7'):
+        shutil.rmtree(tmp_path / step / 'state')
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(checkpointing.CheckpointError, match='start again in a new'):
+        checkpointing.find(tmp_path, template())
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_another_models_checkpoint_is_refused(two_saved):
+    with pytest.raises(checkpointing.CheckpointError, match='another model or optimizer'):
+        checkpointing.find(two_saved, template(model='resnet18_cifar', image_size=32))
+
+
+def test_it_does_not_depend_on_devices_and_accumulation():
+    described = [
+        checkpointing.to_tree(template(devices=devices, per_device_batch=batch))
+        for devices, batch in ((1, 128), (1, 16), (8, 16))
+    ]
+    assert described[0] == described[1] == described[2]
+
+
+def test_a_state_survives_the_way_through_a_tree():
+    tree = tree_at(5)
+    state = checkpointing.from_tree(tree, template(per_device_batch=16))
+    assert harness.is_same(checkpointing.to_tree(state), tree)
+    assert int(state.step) == 5
+    assert not np.any(state.opt_state.mini_step)
+
+
+def test_the_checksum_sees_names_shapes_and_bits():
+    tree = {'a': np.arange(6, dtype=np.float32), 'b': np.zeros(2, np.int32)}
+    others = [
+        {'a': tree['a'], 'c': tree['b']},
+        {'a': tree['a'].reshape(2, 3), 'b': tree['b']},
+        {'a': np.nextafter(tree['a'], 9, dtype=np.float32), 'b': tree['b']},
+        {'a': tree['a'], 'b': tree['b'].astype(np.int64)},
+    ]
+    sums = {checkpointing.checksum(t) for t in (tree, *others)}
+    assert len(sums) == 5
