@@ -8,9 +8,10 @@ import argparse
 import hashlib
 
 import train_lib
-from input_pipeline import Pipeline, find_dataset
 from tests import harness
 from training import processes
+from workloads.resnet import images
+from workloads.resnet.records import find_dataset
 
 parser = argparse.ArgumentParser()
 parser.add_argument('data_dir')
@@ -21,8 +22,8 @@ parser.add_argument('--process_id', type=int)
 flags = parser.parse_args()
 processes.initialize(flags.coordinator, flags.num_processes, flags.process_id, timeout=300)
 config = harness.resolve('digits', flags.data_dir, seed=7)
-share = processes.share_of(train_lib.make_mesh(), config['global_batch_size'])
-pipeline = Pipeline(find_dataset('digits', flags.data_dir), config, 7, share)
+share = processes.share_of(train_lib.make_mesh(), config.global_batch_size)
+pipeline = images.pipeline(find_dataset('digits', flags.data_dir), config, 7, share)
 for step, batch in enumerate(pipeline.train(0, flags.steps)):
     for i in range(share.size):
         digest = hashlib.sha256(batch['image'][i].tobytes() + batch['label'][i].tobytes())

@@ -120,9 +120,11 @@ def test_resnet50_trains_on_the_prepared_records(prepared):
 def test_a_broken_record_stops_training_by_its_name(prepared, tmp_path):
     import shutil
 
-    import input_pipeline
     from data_preparation.manifest import Record
+    from input_pipeline import Share
     from tests.data_preparation.test_verify import edit_shard, replace_image
+    from workloads.resnet import images
+    from workloads.resnet.records import find_dataset
 
     directory = tmp_path / 'imagenet2012' / '5.1.0'
     shutil.copytree(prepared / 'imagenet2012' / '5.1.0', directory)
@@ -134,9 +136,9 @@ def test_a_broken_record_stops_training_by_its_name(prepared, tmp_path):
 
     shard = sorted(directory.glob('*-train.*'))[7]
     edit_shard(shard, cut)
-    dataset = input_pipeline.find_dataset('imagenet2012', str(tmp_path))
-    share = input_pipeline.Share(0, 32, 32)
-    pipeline = input_pipeline.Pipeline(dataset, settings(tmp_path), 1, share)
+    dataset = find_dataset('imagenet2012', str(tmp_path))
+    share = Share(0, 32, 32)
+    pipeline = images.pipeline(dataset, settings(tmp_path), 1, share)
     with pytest.raises(Exception, match=rf'{broken[0]}.*truncated JPEG') as caught:
         for _ in pipeline.train(0, 752 // 32 + 1):
             pass

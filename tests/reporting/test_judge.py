@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from input_pipeline import Dataset
 from reporting import convergence
 from run_files import work_directory
 from scripts import (
@@ -28,6 +27,7 @@ from scripts import (
 )
 from settings import hyperparameters
 from tests.synthetic_runs import curve, resolve, write_run, write_runs
+from workloads.resnet.records import Dataset
 
 SCRIPTS = {
     'judge': judge_run.main,

@@ -30,12 +30,17 @@ def decode(encoded: bytes) -> np.ndarray:
         ValueError: the bytes are no image, not a whole one, or state a size beyond `MAX_PIXELS` or
             `MAX_SCANNED_PIXELS`; then nothing is decoded.
     """
-    if encoded[:2] == b'\xff\xd8':
+    if is_jpeg(encoded):
         find_frame(encoded)
         return decode_jpeg_whole(encoded)
     if encoded[:8] == PNG_SIGNATURE:
         return _decode_with_opencv(_critical_chunks(encoded))
     raise ValueError(f'neither JPEG nor PNG: {len(encoded)} bytes that start with {encoded[:4]!r}')
+
+
+def is_jpeg(encoded: bytes) -> bool:
+    """Whether the bytes start like a JPEG."""
+    return encoded[:2] == b'\xff\xd8'
 
 
 def _check_size(height: int, width: int, scans: int = 1) -> None:
@@ -107,21 +112,6 @@ def decode_jpeg_whole(encoded: bytes) -> np.ndarray:
         if 'subsampling' in str(error):  # a layout that only the accurate DCT's decoder knows
             return _decode_with_opencv(encoded)
         return simplejpeg.decode_jpeg(encoded, 'RGB', fastdct=True, strict=False)
-
-
-def decode_top(encoded: bytes, frame: Frame, rows: int) -> np.ndarray:
-    """Decodes at least the first `rows` rows of a sequential JPEG, and not many more.
-
-    The decoder is told that the image ends two rows further down (chroma is interpolated from the
-    next row), and so leaves the rest of the bytes alone, entropy decoding included. What it rejects
-    even so is decoded whole, which may need another decoder or say what is wrong.
-    """
-    shortened = bytearray(encoded)
-    shortened[frame.height_at : frame.height_at + 2] = (rows + 2).to_bytes(2, 'big')
-    try:
-        return simplejpeg.decode_jpeg(shortened, 'RGB', fastdct=True, strict=False)
-    except ValueError:
-        return decode_jpeg_whole(encoded)
 
 
 def _critical_chunks(encoded: bytes) -> bytes:

@@ -15,13 +15,12 @@ operations it calls (`decode_and_crop_jpeg`, `sample_distorted_bounding_box`, `r
 import math
 import operator
 
-import cv2
 import numpy as np
 
-from workloads.resnet.image_decoding import decode, decode_jpeg_whole, decode_top, find_frame
-
-# The pipeline runs one image per thread; OpenCV's own threads would only get in each other's way.
-cv2.setNumThreads(1)
+from workloads.resnet.image_decoding import decode, find_frame, is_jpeg
+from workloads.resnet.partial_jpeg import decode_top
+from workloads.resnet.records import Records
+from workloads.resnet.resampling import sample
 
 # The official training crop: aspect ratio (width / height), share of the image's area, and the
 # share of the image that a crop has to cover, or else it is drawn again.
@@ -29,6 +28,8 @@ CROP_ASPECT = (0.75, 1.33)
 CROP_AREA = (0.05, 1.0)
 CROP_MIN_COVERED = 0.1
 CROP_ATTEMPTS = 100
+# The evaluation's central crop is this share of the resized image's shorter side (224 / 256).
+CENTRAL_FRACTION = 0.875
 
 
 def sample_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -68,39 +69,50 @@ def sample_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int,
     return 0, 0, height, width
 
 
-def decode_and_random_crop(
-    encoded: bytes, rng: np.random.Generator, *, size: int, out: np.ndarray | None = None
-) -> np.ndarray:
+class Photographs:
+    """Reads images of any size, an `images.Reader`.
+
+    Args:
+        records: encoded images and labels, by index.
+        size: height and width of what is read, pixels.
+    """
+
+    def __init__(self, records: Records, size: int):
+        self._records, self._size = records, size
+
+    def train(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+        """A random crop of the image, uint8[size,size,3], and the label."""
+        encoded, label = self._records[index]
+        return decode_and_random_crop(encoded, rng, size=self._size), label
+
+    def evaluation(self, index: int) -> tuple[np.ndarray, int]:
+        """The central crop of the image, uint8[size,size,3], and the label."""
+        encoded, label = self._records[index]
+        resize_min = round(self._size / CENTRAL_FRACTION)
+        return decode_and_center_crop(encoded, size=self._size, resize_min=resize_min), label
+
+
+def decode_and_random_crop(encoded: bytes, rng: np.random.Generator, *, size: int) -> np.ndarray:
     """The training path: a random crop, flipped with probability 1/2, resized to `size`².
 
     Returns:
-        uint8[size,size,3], which is `out` where that is given.
+        uint8[size,size,3].
 
     Raises:
         ValueError: as `decode`.
     """
-    if encoded[:2] != b'\xff\xd8':
-        image = decode(encoded)
-        box = sample_crop(image.shape[0], image.shape[1], rng)
-    else:
+    if is_jpeg(encoded):
         frame = find_frame(encoded)
         box = sample_crop(frame.height, frame.width, rng)
-        rows = box[0] + box[2]
-        is_whole = encoded.rfind(b'\xff\xd9') > frame.height_at
-        if frame.is_sequential and is_whole and rows + 2 < frame.height:
-            image = decode_top(encoded, frame, rows)
-        else:
-            image = decode_jpeg_whole(encoded)
-    return crop_and_resize(image, box, flip=rng.random() < 0.5, size=size, out=out)
+        image = decode_top(encoded, frame, rows=box[0] + box[2])
+    else:
+        image = decode(encoded)
+        box = sample_crop(image.shape[0], image.shape[1], rng)
+    return crop_and_resize(image, box, flip=rng.random() < 0.5, size=size)
 
 
 def crop_and_resize(
-    image: np.ndarray,
-    box: tuple[int, int, int, int],
-    *,
-    flip: bool,
-    size: int,
-    out: np.ndarray | None = None,
+    image: np.ndarray, box: tuple[int, int, int, int], *, flip: bool, size: int
 ) -> np.ndarray:
     """Cuts a box out of an image, flips it left and right if `flip`, and resizes it to `size`².
 
@@ -111,10 +123,9 @@ def crop_and_resize(
         box: (y, x, height, width) in pixels, inside the image.
         flip: whether to exchange left and right.
         size: height and width of the result in pixels, at least 1.
-        out: where to write the result, uint8[size,size,3], C-contiguous.
 
     Returns:
-        uint8[size,size,3], which is `out` where that is given.
+        uint8[size,size,3].
 
     Raises:
         ValueError: an argument is not as described.
@@ -133,12 +144,10 @@ def crop_and_resize(
     if size < 1:
         raise ValueError(f'size={size} is not positive')
     step = (height / size, width / size)
-    return _sample(image, (y, x, height, width), (0.0, 0.0), step, size, flip, out)
+    return sample(image, (y, x, height, width), (0.0, 0.0), step, size=size, flip=bool(flip))
 
 
-def decode_and_center_crop(
-    encoded: bytes, *, size: int, resize_min: int, out: np.ndarray | None = None
-) -> np.ndarray:
+def decode_and_center_crop(encoded: bytes, *, size: int, resize_min: int) -> np.ndarray:
     """The evaluation path: the shorter side resized to `resize_min`, then the central `size`².
 
     Only that window is computed. Returns and raises as `decode_and_random_crop`.
@@ -153,60 +162,4 @@ def decode_and_center_crop(
     new_width = max(size, int(np.float32(width) * scale))
     step_y, step_x = height / new_height, width / new_width
     first = ((new_height - size) // 2 * step_y, (new_width - size) // 2 * step_x)
-    return _sample(image, (0, 0, height, width), first, (step_y, step_x), size, False, out)
-
-
-def pad_and_random_crop(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    *,
-    padding: int,
-    flip: bool,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
-    """The training path of small images: zero padding, a random crop of the old size, maybe a flip.
-
-    Args:
-        image: uint8[H,W,3].
-        rng: where the crop's two offsets and the flip come from.
-        padding: rows and columns of zeros on each side; the crop starts anywhere in 0..2·padding.
-        flip: whether to mirror left and right with probability 1/2.
-        out: where to write the result, uint8[H,W,3].
-
-    Returns:
-        uint8[H,W,3], which is `out` where that is given.
-    """
-    border = (padding, padding, padding, padding)
-    padded = cv2.copyMakeBorder(image, *border, cv2.BORDER_CONSTANT, value=0)
-    y, x = (int(rng.random() * (2 * padding + 1)) for _ in range(2))
-    crop = padded[y : y + image.shape[0], x : x + image.shape[1]]
-    if flip and rng.random() < 0.5:
-        crop = crop[:, ::-1]
-    if out is None:
-        return np.ascontiguousarray(crop)
-    out[...] = crop
-    return out
-
-
-def _sample(
-    image: np.ndarray,
-    box: tuple[int, int, int, int],
-    first: tuple[float, float],
-    step: tuple[float, float],
-    size: int,
-    flip: bool,
-    out: np.ndarray | None,
-) -> np.ndarray:
-    """As `resampling.sample`, to uint8[size,size,3]; the box lies in the image."""
-    # It compiles or loads machine code, which small images can do without.
-    from workloads.resnet import resampling
-
-    if out is None:
-        out = np.empty((size, size, 3), np.uint8)
-    if out.dtype != np.uint8 or out.shape != (size, size, 3) or not out.flags.carray:
-        raise ValueError(
-            f'out is {out.dtype}{list(out.shape)}, not a contiguous and writable '
-            f'uint8[{size},{size},3]'
-        )
-    resampling.sample(image.ravel(), image.shape[1], box, first, step, bool(flip), out)
-    return out
+    return sample(image, (0, 0, height, width), first, (step_y, step_x), size=size, flip=False)

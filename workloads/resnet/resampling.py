@@ -28,23 +28,40 @@ SIGNATURE = numba.void(
 )
 
 
-@numba.njit(SIGNATURE, nogil=True, cache=CACHE)
-def sample(pixels, width, box, first, step, mirror, out):
-    """Samples a box of an image at `first + i·step`, and writes the result to `out`.
+def sample(
+    image: np.ndarray,
+    box: tuple[int, int, int, int],
+    first: tuple[float, float],
+    step: tuple[float, float],
+    *,
+    size: int,
+    flip: bool,
+) -> np.ndarray:
+    """Samples a box of an image at first + i·step, i < size, along y and x.
 
     Beyond the box its last row or column is repeated. Halves are rounded to even. The interpreter's
     lock is released.
 
     Args:
-        pixels: the whole image, uint8[H·W·3].
-        width: W.
-        box: (y, x, height, width) of the part that is sampled, in pixels.
+        image: uint8[H,W,3].
+        box: (y, x, height, width) of the part that is sampled, in pixels, inside the image.
         first: where the first sample lies in the box, (y, x), not negative.
         step: from one sample to the next, (y, x), positive.
-        mirror: whether the box is flipped left and right before it is sampled, so that its column c
+        size: samples along each axis.
+        flip: whether the box is flipped left and right before it is sampled, so that its column c
             is column width - 1 - c of the image's.
-        out: uint8[h,w,3].
+
+    Returns:
+        uint8[size,size,3].
     """
+    out = np.empty((size, size, 3), np.uint8)
+    _sample(image.ravel(), image.shape[1], box, first, step, flip, out)
+    return out
+
+
+@numba.njit(SIGNATURE, nogil=True, cache=CACHE)
+def _sample(pixels, width, box, first, step, mirror, out):
+    """Writes `sample` of an image uint8[H·W·3] of this width to `out`, uint8[h,w,3]."""
     one = np.int32(1 << WEIGHT_BITS)
     excess, final = np.int32(WEIGHT_BITS - FRACTION_BITS), np.int32(WEIGHT_BITS + FRACTION_BITS)
     half, final_half = np.int32(1 << (excess - 1)), np.int32(1 << (final - 1))

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from input_pipeline import Pipeline, Share, find_dataset
+from input_pipeline import Share
 from models import resnet as models
 from settings.plan import make_plan
 from tests import harness
-from workloads.resnet import task, torchvision
+from workloads.resnet import images, task, torchvision
+from workloads.resnet.records import find_dataset
 
 torch = pytest.importorskip('torch')
 from tests import torchvision_models  # noqa: E402
@@ -282,7 +283,7 @@ def trajectory_config(data_dir, model: str, optimizer: str):
 
 def rate(config, plan, t: int) -> float:
     """The official schedule, in Python's own numbers."""
-    base, end, warmup, decay = config['learning_rate'], 1e-4, plan.warmup_steps, plan.decay_steps
+    base, end, warmup, decay = config.learning_rate, 1e-4, plan.warmup_steps, plan.decay_steps
     if t <= warmup:
         return base * t / warmup
     return (base - end) * (1 - min(t - warmup, decay) / decay) ** 2 + end
@@ -295,22 +296,22 @@ def step_theirs(config, parameters, velocities, eta: float):
     LARS: v ← μ·v - η·r·(g + λ·w), r = 0.001·‖w‖ / (‖g‖ + λ·‖w‖); r = 1 and λ = 0 for vectors.
     SGD:  v ← μ·v - η·(g + 2·λ·w), λ = 0 for BatchNorm. Then w ← w + v.
     """
-    decay = config['weight_decay']
+    decay = config.weight_decay
     for (name, w), v in zip(parameters, velocities, strict=True):
         is_kernel, is_head = w.ndim > 1, name.startswith('fc.')
         g = w.grad
-        if config['optimizer'] == 'sgd':
+        if config.optimizer == 'sgd':
             g = g + 2 * decay * w if is_kernel or is_head else g
         elif is_kernel:
             g = (g + decay * w) * (0.001 * w.norm() / (g.norm() + decay * w.norm()))
-        v.mul_(config['momentum']).sub_(eta * g)
+        v.mul_(config.momentum).sub_(eta * g)
         w.add_(v)
 
 
 def train_theirs(config, plan, first: dict, micro_batches) -> tuple[list[float], dict]:
     """The same by PyTorch: (losses, final parameters by name)."""
     state = torchvision.to_state_dict(first, step=0)
-    net = torchvision_models.create(config['model'], CLASSES).double().train()
+    net = torchvision_models.create(config.model, CLASSES).double().train()
     net.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=True)
     parameters = list(net.named_parameters())
     velocities = [torch.zeros_like(w) for _, w in parameters]
@@ -341,7 +342,7 @@ def test_trajectories_equal_pytorchs(digits_dir, model, enlarged, optimizer):
     config, plan = trajectory_config(digits_dir, model, optimizer)
     dataset = find_dataset('digits', digits_dir)
     share = Share(0, plan.micro_batch, plan.micro_batch)
-    pipeline = Pipeline(dataset, config, config['seed'], share)
+    pipeline = images.pipeline(dataset, config, config.seed, share)
     micro_batches = [
         {k: v.repeat(enlarged, 1).repeat(enlarged, 2) if k == 'image' else v.copy()
          for k, v in batch.items()}
@@ -372,7 +373,7 @@ def test_exported_checkpoints_classify_alike(digits_dir, tmp_path, model, steps,
     net.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
 
     dataset = find_dataset('digits', digits_dir)
-    batches = Pipeline(dataset, config, 0, Share(0, 120, 120)).evaluation()
+    batches = images.pipeline(dataset, config, 0, Share(0, 120, 120)).evaluation()
     ours = task.ImageClassification(config, CLASSES)
     mine, yours, labels = [], [], []
     for batch in batches:

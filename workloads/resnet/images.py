@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples of an image data set as batches: records in, uint8 pixels and labels out."""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+
+from input_pipeline import AUGMENTATION, Batch, Pipeline, Share, generator
+from settings.errors import ConfigError, DataError
+from workloads.resnet.records import EVAL_SPLIT, Dataset, Records
+from workloads.resnet.small_images import SmallImages
+
+PADDING_LABEL = -1  # Label of the examples that fill up an evaluation's last batch.
+# A decoding thread takes so many examples of a batch at a time.
+EXAMPLES_AT_A_TIME = 16
+
+Example = tuple[np.ndarray, int]  # uint8 [H, W, 3] and label
+
+
+class Reader(Protocol):
+    """How one example is read. Its errors say what is wrong with it, not which it is."""
+
+    def train(self, index: int, rng: np.random.Generator) -> Example:
+        """The example, augmented with numbers from `rng`."""
+        ...
+
+    def evaluation(self, index: int) -> Example:
+        """The example as it is evaluated."""
+        ...
+
+
+class Images:
+    """A split's images, an `input_pipeline.Source`.
+
+    Its batches are {'image': uint8 [n, size, size, 3], 'label': int32 [n]}.
+
+    Args:
+      records: of the split.
+      count: how many there are.
+      image_size: height and width, pixels.
+      augmentation: crop_resize, pad_crop_flip, pad_crop or none.
+      cache_gib: decoded images of one size are kept in memory if all of them take no more.
+      threads: that decode.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        count: int,
+        *,
+        image_size: int,
+        augmentation: str,
+        cache_gib: float,
+        threads: int,
+    ):
+        self._records, self._count, self._size, self._threads = records, count, image_size, threads
+        self._reader: Reader
+        if augmentation == 'crop_resize':
+            # Not above: it loads machine code, which small images can do without.
+            from workloads.resnet.image_preprocessing import Photographs
+
+            self._reader = Photographs(records, image_size)
+        else:
+            keep = count * 3 * image_size**2 <= cache_gib * 2**30
+            self._reader = SmallImages(records, image_size, augmentation, keep)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def train(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
+        """Examples `indices`, augmented as those at `positions`, both int [n]."""
+
+        def read(i: int) -> Example:
+            rng = generator(seed, AUGMENTATION, positions[i])
+            return self._reader.train(int(indices[i]), rng)
+
+        def where(i: int) -> str:
+            return f'at training position {positions[i]}'
+
+        return self._batch(indices, len(indices), read, where)
+
+    def evaluation(self, indices: np.ndarray, size: int) -> Batch:
+        """Examples `indices`, int [n ≤ size], then black images of label PADDING_LABEL."""
+
+        def read(i: int) -> Example:
+            return self._reader.evaluation(int(indices[i]))
+
+        return self._batch(indices, size, read, lambda i: 'in evaluation')
+
+    def _batch(
+        self,
+        indices: np.ndarray,
+        size: int,
+        read: Callable[[int], Example],
+        where: Callable[[int], str],
+    ) -> Batch:
+        images = np.zeros((size, self._size, self._size, 3), np.uint8)
+        labels = np.full(size, PADDING_LABEL, np.int32)
+
+        def fill(first: int) -> None:
+            for i in range(first, min(first + EXAMPLES_AT_A_TIME, len(indices))):
+                try:
+                    images[i], labels[i] = read(i)
+                except DataError:
+                    raise
+                except Exception as error:
+                    raise DataError(
+                        f'{where(i)}: {self._records.name(int(indices[i]))} cannot be used: '
+                        f'{error}; {self._records.remedy}'
+                    ) from error
+
+        for _ in _decoders(self._threads).map(fill, range(0, len(indices), EXAMPLES_AT_A_TIME)):
+            pass
+        return {'image': images, 'label': labels}
+
+
+@functools.cache
+def _decoders(threads: int) -> ThreadPoolExecutor:
+    """This process's decoding threads."""
+    return ThreadPoolExecutor(threads, 'decode')
+
+
+def check(config: Any, dataset: Dataset) -> None:
+    """Checks that a configuration can use a data set, from its metadata alone.
+
+    Raises:
+      ConfigError: when the images would have to be resized and are not.
+    """
+    if config.augmentation != 'crop_resize' and dataset.image_size != config.image_size:
+        raise ConfigError(
+            f'image_size={config.image_size}: the images of {dataset.name} are of '
+            f'{dataset.image_size or "several sizes"}, and augmentation={config.augmentation} '
+            'does not resize'
+        )
+
+
+def pipeline(dataset: Dataset, config: Any, seed: int, share: Share) -> Pipeline:
+    """The batches of a run, for one process.
+
+    Raises:
+      ConfigError: from `check`.
+    """
+    check(config, dataset)
+
+    def images(split: str, count: int) -> Images:
+        return Images(
+            Records(dataset, split),
+            count,
+            image_size=config.image_size,
+            augmentation=config.augmentation,
+            cache_gib=config.cache_gib,
+            threads=config.data_threads or len(os.sched_getaffinity(0)),
+        )
+
+    return Pipeline(
+        images('train', dataset.num_train),
+        images(EVAL_SPLIT[dataset.name], dataset.num_eval),
+        seed=seed,
+        share=share,
+        processes=config.data_processes,
+    )
