@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of data preparation; `scripts/download_dataset.sh` calls it.
+"""The command line of data preparation; download_dataset.sh and verify_dataset.sh forward to it.
 
-Exit status: 0 done, 2 an error, which is printed in one paragraph that says what to do, 130 stopped
-by Ctrl-C.
+Before there is an environment they let a Python without any package judge the arguments, so what
+needs one is imported when it is used.
 """
 
 import argparse
@@ -11,10 +11,14 @@ import os
 import sys
 from pathlib import Path
 
-from workloads.resnet.records import EVAL_SPLIT, DatasetError
+from settings.errors import REJECTED, RejectedError
+from workloads.resnet.datasets import ALIASES, EVAL_SPLIT
+
+DATA_DIR = Path(__file__).resolve().parents[1] / 'data'
+EPILOG = 'Exit status: 0 done, 2 an error, which says what to do, 130 stopped by Ctrl-C.'
 
 
-def folder(text: str) -> Path:
+def absolute(text: str) -> Path:
     """A path from the command line, absolute, so that remedies can be pasted anywhere."""
     try:
         return Path(text).expanduser().absolute()
@@ -30,77 +34,95 @@ def positive(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line's arguments; each command has its own."""
-    parser = argparse.ArgumentParser(
-        prog='python -m data_preparation',
-        description='Prepares and verifies datasets.',
-    )
+    """The command line's arguments; `command` and `name` say what is to be done."""
+    parser = argparse.ArgumentParser(prog='python -m data_preparation', epilog=EPILOG)
     commands = parser.add_subparsers(dest='command', required=True)
-    add = functools.partial(commands.add_parser, allow_abbrev=False)
-
-    digits = add('digits', help='prepare the digits that scikit-learn carries')
-    cifar10 = add('cifar10', help='download and prepare CIFAR-10')
-    cifar10.add_argument(
-        '--from',
-        dest='folder',
-        type=folder,
-        help='a folder train|test/CLASS/*.jpg, or a tar of one, instead of the download',
+    add = functools.partial(commands.add_parser, allow_abbrev=False, epilog=EPILOG)
+    prepare = add(
+        'prepare',
+        prog='scripts/download_dataset.sh',
+        description='Downloads and prepares a dataset as DIR/NAME/VERSION; does nothing if it is '
+        'there, and resumes what was interrupted.',
     )
-    imagenet = add('imagenet', help='prepare ILSVRC2012 from its two archives')
-    imagenet.add_argument('--archives_dir', type=folder, help='where the archives are, or go to')
-    imagenet.add_argument('--url', help='the folder to download missing archives from')
-    imagenet.add_argument('--sources', type=folder, help='JSON: checksums of other archives')
-    verify = add('verify', help='check a prepared dataset')
-    verify.add_argument('name', choices=EVAL_SPLIT)
-    verify.add_argument('--full', action='store_true', help='decode every image')
-    verify.add_argument('--manifest', type=folder, help='compare with this one')
-    for command in (imagenet, verify):
-        command.add_argument('--workers', type=positive, default=len(os.sched_getaffinity(0)))
+    verify = add(
+        'verify',
+        prog='scripts/verify_dataset.sh',
+        description='Checks a prepared dataset against its metadata and its manifest, and names '
+        'every error.',
+    )
+    datasets = prepare.add_subparsers(dest='name', required=True, metavar='NAME')
+    add = functools.partial(datasets.add_parser, allow_abbrev=False, epilog=EPILOG)
+    digits = add('digits', help='the digits that scikit-learn carries')
+    cifar10 = add('cifar10', help='CIFAR-10')
+    imagenet = add('imagenet2012', aliases=['imagenet'], help='ILSVRC2012')
+
+    verify.add_argument(
+        'name', metavar='NAME', type=lambda name: ALIASES.get(name, name), choices=EVAL_SPLIT,
+        help=', '.join([*EVAL_SPLIT, *ALIASES]),
+    )  # fmt: skip
     for command in (digits, cifar10, imagenet, verify):
-        command.add_argument('--data_dir', type=folder, default='data', help='root of all data')
+        command.add_argument(
+            'data_dir', metavar='DIR', type=absolute, nargs='?', default=DATA_DIR,
+            help='the root of all data (default: data in the repository)',
+        )  # fmt: skip
+    cifar10.add_argument(
+        '--from', dest='source', metavar='PATH', type=absolute,
+        help='a folder train|test/CLASS/*.jpg, or a tar of one, instead of the download',
+    )  # fmt: skip
+    imagenet.add_argument(
+        '--archives_dir', metavar='PATH', type=absolute,
+        help='the folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (default: '
+        'DIR/downloads/manual); ImageNet requires registration, see docs/data.md',
+    )  # fmt: skip
+    imagenet.add_argument(
+        '--url', help='download the archives that are missing from this folder, with the name and '
+        'password in IMAGENET_USER and IMAGENET_PASSWORD if the server asks for them',
+    )  # fmt: skip
+    imagenet.add_argument(
+        '--sources', metavar='FILE', type=absolute,
+        help='JSON with sizes and checksums of other archives of this structure',
+    )  # fmt: skip
+    verify.add_argument('--full', action='store_true', help='decode every image, not its header')
+    verify.add_argument(
+        '--manifest', metavar='FILE', type=absolute,
+        help='compare with this manifest instead of the published one',
+    )  # fmt: skip
+    for command in (imagenet, verify):
+        command.add_argument(
+            '--workers', metavar='N', type=positive, default=len(os.sched_getaffinity(0)),
+            help='threads (default: one per core)',
+        )  # fmt: skip
     return parser.parse_args()
 
 
 def run(arguments: argparse.Namespace) -> str:
     """Runs one command and returns the line that says what came of it."""
-    # Each command imports what it alone needs.
-    if arguments.command == 'digits':
-        from data_preparation import digits
+    from data_preparation import cifar10, digits, imagenet, imagenet_archives, manifest
+    from data_preparation.verify import verify
 
-        return _prepared('digits', digits.prepare(arguments.data_dir), arguments.data_dir)
-    if arguments.command == 'cifar10':
-        from data_preparation import cifar10
-
-        directory = cifar10.prepare(arguments.data_dir, arguments.folder)
-        return _prepared('cifar10', directory, arguments.data_dir)
-    if arguments.command == 'imagenet':
-        from data_preparation import imagenet, imagenet_archives
-
+    name, data_dir = ALIASES.get(arguments.name, arguments.name), arguments.data_dir
+    if arguments.command == 'verify':
+        return verify(
+            name,
+            data_dir,
+            full=arguments.full,
+            manifest_file=arguments.manifest,
+            workers=arguments.workers,
+        )
+    if name == 'imagenet2012':
         sources = imagenet_archives.OFFICIAL
         if arguments.sources:
             sources = imagenet_archives.read_sources(arguments.sources)
-        archives_dir = arguments.archives_dir or arguments.data_dir / 'downloads' / 'manual'
+        archives_dir = arguments.archives_dir or data_dir / 'downloads' / 'manual'
         if arguments.url:
             imagenet_archives.fetch(arguments.url, archives_dir, sources)
-        directory = imagenet.prepare(arguments.data_dir, archives_dir, sources, arguments.workers)
-        return f'prepared: {directory}'
-    from data_preparation import verify
-
-    return verify.verify(
-        arguments.name,
-        arguments.data_dir,
-        full=arguments.full,
-        manifest_file=arguments.manifest,
-        workers=arguments.workers,
-    )
-
-
-def _prepared(name: str, directory: Path, data_dir: Path) -> str:
-    """Sees to it that the digest of a small dataset is beside it, for runs to record."""
-    from data_preparation import manifest, verify
-
-    if not (directory / manifest.FILE_NAME).exists():
-        verify.verify(name, data_dir, full=False, manifest_file=None, workers=1)
+        directory = imagenet.prepare(data_dir, archives_dir, sources, arguments.workers)
+    elif name == 'cifar10':
+        directory = cifar10.prepare(data_dir, arguments.source)
+    else:
+        directory = digits.prepare(data_dir)
+    if not (directory / manifest.FILE_NAME).exists():  # Runs record the digest in it.
+        verify(name, data_dir, full=False, manifest_file=None, workers=1)
     return f'prepared: {directory}'
 
 
@@ -109,12 +131,12 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         print(run(arguments))
-    except (ValueError, OSError, DatasetError) as error:
+    except (ValueError, OSError, RejectedError) as error:
         # A write that fails for want of space does not say where.
         is_nameless = isinstance(error, OSError) and error.errno and not error.filename
         where = f' (data_dir: {arguments.data_dir})' if is_nameless else ''
         print(f'error: {error}{where}', file=sys.stderr)
-        return 2
+        return REJECTED
     except KeyboardInterrupt:
         print('stopped; run the same command again to resume', file=sys.stderr)
         return 130

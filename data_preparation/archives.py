@@ -6,11 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import http.client
-import json
 import os
 import re
 import shlex
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -21,10 +19,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_preparation import files
+from data_preparation.progress import progress
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
 FRUITLESS_ATTEMPTS = 5  # attempts in a row that bring no byte, before a download gives up
+MAX_UNPUBLISHED_BYTES = 1 << 30  # of a file whose size only the server states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,35 +61,48 @@ def check_url(url: str) -> None:
         )
 
 
-def download(url: str, path: Path, size: int, user: str = '', password: str = '') -> None:
+def download(
+    url: str, path: Path, size: int | None = None, user: str = '', password: str = ''
+) -> None:
     """Fetches `url` to `path`, resuming where an earlier attempt stopped.
 
-    The bytes gather in `path` + '.part', which gets its final name once it has `size` bytes. A
-    connection that breaks is opened again as long as every few attempts bring something. Name and
+    The bytes are collected in `path` + '.part', which gets its final name once it has all of them.
+    A connection that breaks is opened again as long as every few attempts bring something. Name and
     password go to the host of `url` alone, never to where it redirects.
 
+    Args:
+        url: an address that `check_url` accepts.
+        path: where the file goes.
+        size: the published size in bytes; None takes the one that the server states.
+        user: a name for the server, if it asks for one.
+        password: that of the user.
+
     Raises:
-        ValueError: the server sends an error or a file of another size, or does not answer any
-            more.
+        ValueError: the server sends an error or a file of another size, or stops answering.
         OSError: the disk is full, or the folder cannot be written to.
     """
     check_url(url)
     part = path.with_name(path.name + '.part')
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
-    fruitless = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    request = urllib.request.Request(url)
+    if user:
+        token = base64.b64encode(f'{user}:{password}'.encode()).decode()
+        request.add_unredirected_header('Authorization', f'Basic {token}')
+    fruitless, have = 0, part.stat().st_size if part.exists() else 0
     with progress(f'downloading {path.name}', size, 'B') as bar:
-        while (have := part.stat().st_size) < size:
-            reason = 'the connection was closed early'
+        while size is None or have < size:
+            before, reason = have, 'the connection was closed early'
             try:
-                _fetch_rest(url, part, size, bar, user, password)
+                size = _fetch_rest(request, part, have, size, bar)
             except ConnectionError as error:
                 reason = str(error)
-            fruitless = 0 if part.stat().st_size > have else fruitless + 1
+            have = part.stat().st_size if part.exists() else 0
+            fruitless = 0 if have > before else fruitless + 1
             if fruitless == FRUITLESS_ATTEMPTS:
+                of = '' if size is None else f' of {size:,}'
                 raise ValueError(
-                    f'{redacted(url)}: {reason}; {part.stat().st_size:,} of {size:,} bytes are in '
-                    f'{part}. Run the same command again to resume'
+                    f'{redacted(url)}: {reason}; {have:,}{of} bytes are in {part}. Run the same '
+                    'command again to resume'
                 )
             time.sleep(min(2**fruitless - 1, 30))
     if have != size:
@@ -101,7 +114,7 @@ def download(url: str, path: Path, size: int, user: str = '', password: str = ''
 
 
 @contextlib.contextmanager
-def network_errors(url: str) -> Iterator[None]:
+def _network_errors(url: str) -> Iterator[None]:
     """Turns what the network raises into ConnectionError, and what the server says into ValueError.
 
     Of the two, only a ConnectionError may be gone at the next attempt. The text of a ValueError
@@ -126,26 +139,30 @@ def _one_line(said: object) -> str:
     return ' '.join(text.split())[:200]
 
 
-def _fetch_rest(url: str, part: Path, size: int, bar: tqdm, user: str, password: str) -> None:
-    """Appends to `part` what one connection brings of the bytes it does not have."""
-    have = part.stat().st_size
-    request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'})
-    if user:
-        token = base64.b64encode(f'{user}:{password}'.encode()).decode()
-        request.add_unredirected_header('Authorization', f'Basic {token}')
-    with network_errors(url):
+def _fetch_rest(
+    request: urllib.request.Request, part: Path, have: int, size: int | None, bar: tqdm
+) -> int:
+    """Appends to `part` what one connection brings of the bytes it does not have.
+
+    Returns:
+        The size of the whole file.
+    """
+    url = request.full_url
+    request.add_header('Range', f'bytes={have}-')
+    with _network_errors(url):
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     with response:
-        have = _first_byte(url, response, have, size)
-        with part.open('r+b') as file:
+        have, size = _first_byte_and_size(url, response, have, size)
+        bar.total = size
+        with part.open('r+b' if part.exists() else 'wb') as file:
             file.truncate(have)
             file.seek(have)
             bar.update(have - bar.n)
             while True:
-                with network_errors(url):
+                with _network_errors(url):
                     chunk = response.read1(CHUNK_BYTES)
                 if not chunk:
-                    return
+                    return size
                 have += len(chunk)
                 if have > size:
                     raise ValueError(
@@ -157,31 +174,41 @@ def _fetch_rest(url: str, part: Path, size: int, bar: tqdm, user: str, password:
                 bar.update(len(chunk))
 
 
-def _first_byte(url: str, response: http.client.HTTPResponse, have: int, size: int) -> int:
-    """Where in the file a response begins; ValueError if it is not the file of `size` bytes."""
+def _first_byte_and_size(
+    url: str, response: http.client.HTTPResponse, have: int, size: int | None
+) -> tuple[int, int]:
+    """Where in the file a response begins, and the file's size; ValueError if it is another one."""
     if response.status == http.client.PARTIAL_CONTENT:
-        announced = response.headers.get('Content-Range', '')
-        rest = re.fullmatch(rf'bytes {have}-\d+/(\d+|\*)', announced)
-        if not rest:
-            raise ValueError(
-                f'{redacted(url)}: asked for the bytes from {have:,} on, the server sends '
-                f'{announced[:200]!r}'
-            )
-        first, total = have, rest[1]
+        header, form = 'Content-Range', rf'bytes {have}-\d+/(\d{{1,19}}|\*)'
     else:  # A server without ranges sends everything from the start.
-        first, total = 0, response.headers.get('Content-Length', '*')
-    if total.isdecimal() and total.lstrip('0') != str(size):
+        have, header, form = 0, 'Content-Length', r'(\d{0,19})'
+    announced = response.headers.get(header, '')
+    found = re.fullmatch(form, announced, re.ASCII)
+    if not found:
         raise ValueError(
-            f'{redacted(url)}: the file there has {total[:20]} bytes, the published one {size}'
+            f'{redacted(url)}: asked for the bytes from {have:,} on, the server sends {header} '
+            f'{announced[:200]!r}'
         )
-    return first
+    stated = int(found[1]) if found[1].isdecimal() else None
+    if size is not None:
+        if stated not in (None, size):
+            raise ValueError(
+                f'{redacted(url)}: the file there has {stated} bytes, the published one {size}'
+            )
+        return have, size
+    if stated is None or not 0 < stated <= MAX_UNPUBLISHED_BYTES:
+        raise ValueError(
+            f'{redacted(url)}: the server says {header} {announced!r}; it must be 1 to '
+            f'{MAX_UNPUBLISHED_BYTES:,} bytes'
+        )
+    return have, stated
 
 
 def check(path: Path, archive: Archive, memory: Path) -> None:
     """Checks that a file is there, and is what was published.
 
     Hashing 148 GB takes minutes, so `memory`, a JSON file, keeps the files found good with their
-    size and time of change. A memory that is damaged is as good as none.
+    size and time of change. One that is damaged is ignored.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -198,8 +225,8 @@ def check(path: Path, archive: Archive, memory: Path) -> None:
             f'{again}'
         )
     try:
-        found_good = dict(files.read_json(memory))
-    except (FileNotFoundError, ValueError, TypeError):
+        found_good = files.read_json(memory)
+    except (FileNotFoundError, ValueError):
         found_good = {}
     state = [status.st_size, status.st_mtime_ns, archive.sha256]
     if found_good.get(str(path)) == state:
@@ -214,26 +241,4 @@ def check(path: Path, archive: Archive, memory: Path) -> None:
             f'{path} is damaged: its SHA-256 is {digest.hexdigest()}, published is '
             f'{archive.sha256}. {again}'
         )
-    memory.write_text(json.dumps(found_good | {str(path): state}))
-
-
-def progress(text: str, total: int, unit: str, done: int = 0) -> tqdm:
-    """A bar with the time left on a terminal, and a line now and then in a file; after two seconds.
-
-    Args:
-        text: what is being done.
-        total: how many `unit`s there are.
-        unit: 'B' for bytes, which are scaled, or the name of another thing.
-        done: how many were done before and took no time.
-    """
-    interval = 0.2 if sys.stderr.isatty() else 60
-    return tqdm(
-        desc=text,
-        total=total,
-        initial=done,
-        delay=2,
-        unit=unit,
-        unit_scale=unit == 'B',
-        mininterval=interval,
-        maxinterval=2 * interval,
-    )
+    files.write_json(memory, found_good | {str(path): state})

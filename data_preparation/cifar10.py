@@ -8,7 +8,7 @@ TFDS gives them. JPEGs from a folder are kept byte for byte, so those pixels are
 CIFAR-10's; the image feature's encoding tells the two apart.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -33,41 +33,6 @@ EXAMPLES = {'train': 50_000, 'test': 10_000}
 MAX_TAR_BYTES = 1 << 29
 MAX_IMAGE_BYTES = 1 << 16
 
-# Of a split: (key that TFDS orders by, identifier, label, encoded image).
-Examples = Iterable[tuple[int | str, str, str, bytes]]
-
-
-class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """The TFDS builder; it hands over encoded bytes, so TensorFlow is not needed."""
-
-    name = 'cifar10'
-    VERSION = tfds.core.Version('3.0.2')
-
-    def __init__(self, *, examples: Callable[[str], Examples], encoding: str, **kwargs):
-        self._examples, self._encoding = examples, encoding
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        image = tfds.features.Image(shape=(32, 32, 3), encoding_format=self._encoding)
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description='50,000 training and 10,000 test images of 32x32 pixels in 10 classes.',
-            homepage='https://www.cs.toronto.edu/~kriz/cifar.html',
-            features=tfds.features.FeaturesDict({
-                'id': tfds.features.Text(),
-                'image': image,
-                'label': tfds.features.ClassLabel(names=LABELS),
-            }),
-            supervised_keys=('image', 'label'),
-        )  # fmt: skip
-
-    def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(split) for split in ('train', 'test')}
-
-    def _generate_examples(self, split: str):
-        for key, name, label, image in self._examples(split):
-            yield key, {'id': name, 'image': image, 'label': label}
-
 
 def prepare(data_dir: Path, source: Path | None = None) -> Path:
     """Writes `data_dir/cifar10/3.0.2` and returns it; returns at once when it is there.
@@ -82,24 +47,26 @@ def prepare(data_dir: Path, source: Path | None = None) -> Path:
             text names it.
         OSError: the disk is full, or the folder cannot be written to.
     """
-    version = str(Builder.VERSION)
-    if dataset.is_prepared(Builder.name, data_dir, version):
-        return data_dir / Builder.name / version
-    if source is None:
+
+    def read() -> dict[str, list]:
+        if source is not None:
+            return read_jpegs(source)
         archive = data_dir / 'downloads' / ARCHIVE.file_name
         if not archive.exists():
             download(URL, archive, ARCHIVE.size)
         check(archive, ARCHIVE, archive.with_name('checked.json'))
-        examples, encoding = read_binary(archive), 'png'
-    else:
-        examples, encoding = read_jpegs(source), 'jpeg'
-    builder = Builder(
-        examples=lambda split: examples[split],
-        encoding=encoding,
-        data_dir=data_dir,
-        file_format='array_record',
+        return read_binary(archive)
+
+    return dataset.prepare(
+        'cifar10',
+        '3.0.2',
+        data_dir,
+        read,
+        tfds.features.Image(shape=(32, 32, 3), encoding_format='jpeg' if source else 'png'),
+        tfds.features.ClassLabel(names=LABELS),
+        description='50,000 training and 10,000 test images of 32x32 pixels in 10 classes.',
+        homepage='https://www.cs.toronto.edu/~kriz/cifar.html',
     )
-    return dataset.write(builder)
 
 
 def read_binary(archive: Path) -> dict[str, list]:
@@ -119,9 +86,9 @@ def read_binary(archive: Path) -> dict[str, list]:
         split = 'test' if 'test' in PurePosixPath(path).name else 'train'
         for record in records.reshape(-1, RECORD_BYTES):
             number = len(splits[split])
-            rgb = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-            png = cv2.imencode('.png', np.ascontiguousarray(rgb[..., ::-1]))[1].tobytes()
-            splits[split].append((number, f'{split}_{number:05d}', LABELS[record[0]], png))
+            bgr = record[1:].reshape(3, 32, 32)[::-1].transpose(1, 2, 0)
+            png = cv2.imencode('.png', np.ascontiguousarray(bgr))[1].tobytes()
+            splits[split].append((number, f'{split}_{number:05d}', png, int(record[0])))
     return splits
 
 
@@ -129,12 +96,11 @@ def read_jpegs(source: Path) -> dict[str, list]:
     """The examples of each split in a folder train|test/CLASS/*.jpg or in a tar of one.
 
     Raises:
-        FileNotFoundError: `source` is missing, or has no such images.
-        ValueError: `source` is damaged, or has an image that is not one of 32x32 pixels, or whose
-            path is unusable or there twice; the text names it.
+        FileNotFoundError: `source` is missing or has no such files.
+        ValueError: it is damaged, or a file in it is in another place, is there twice, or is not a
+            JPEG of 32×32 pixels; the text names it.
     """
-    splits: dict[str, list] = {'train': [], 'test': []}
-    identifiers = set()
+    splits: dict[str, dict] = {'train': {}, 'test': {}}
     for path, content in _files(source):
         where = f'{path} in {source}'
         parts = PurePosixPath(path).parts[-3:]
@@ -142,7 +108,7 @@ def read_jpegs(source: Path) -> dict[str, list]:
             raise ValueError(f'{where} is not {{train,test}}/CLASS/NAME.jpg with a CIFAR-10 class')
         split, label, name = parts
         identifier = f'{split}/{label}/{PurePosixPath(name).stem}'
-        if identifier in identifiers:
+        if identifier in splits[split]:
             raise ValueError(f'{source} has more than one {identifier}.jpg; the second is {path}')
         if len(splits[split]) == EXAMPLES[split]:
             raise ValueError(f'{source} has more than {EXAMPLES[split]:,} images in {split}')
@@ -152,11 +118,10 @@ def read_jpegs(source: Path) -> dict[str, list]:
             raise ValueError(f'{where} is damaged: {error}') from error
         if content[:2] != b'\xff\xd8' or (height, width) != (32, 32):
             raise ValueError(f'{where} is not a JPEG of 32x32 pixels')
-        identifiers.add(identifier)
-        splits[split].append((identifier, identifier, label, content))
+        splits[split][identifier] = (identifier, identifier, content, LABELS.index(label))
     if not all(splits.values()):
         raise FileNotFoundError(f'{source} has no train/CLASS/*.jpg and test/CLASS/*.jpg')
-    return splits
+    return {split: list(found.values()) for split, found in splits.items()}
 
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -165,7 +130,8 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
         for path in source.glob('*/*/*.jpg'):
             if not path.name.isprintable():
                 raise ValueError(f'{str(path)!r} has an unusable name')
-            yield path.relative_to(source).as_posix(), files.read(path, MAX_IMAGE_BYTES)
+            files.check_regular(path, MAX_IMAGE_BYTES)
+            yield path.relative_to(source).as_posix(), path.read_bytes()
         return
     tar = files.decompress(source, MAX_TAR_BYTES)
     for member in files.tar_members(tar, str(source), MAX_IMAGE_BYTES):

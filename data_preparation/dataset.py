@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all preparations share: whether a dataset is there, how TFDS writes it, and remedies."""
+"""What all preparations share: whether a dataset is there, and how TFDS writes a small one."""
 
 import shlex
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from workloads.resnet.records import DatasetError
+from settings.errors import DatasetError
+from workloads.resnet.records import command
 
-SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
+# Of each split: (key that TFDS orders by, identifier, encoded image, label).
+Splits = Mapping[str, Iterable[tuple[int | str, str, bytes, int]]]
 
 
 def prepare_again(name: str, data_dir: Path, directory: Path) -> str:
     """The command that replaces a prepared dataset, as it can be pasted into a shell."""
-    script = SCRIPTS / 'download_dataset.sh'
-    remove, prepare = ['rm', '-r', directory], [script, name, data_dir]
-    return ' && '.join(shlex.join(str(part) for part in command) for command in (remove, prepare))
+    remove = shlex.join(['rm', '-r', str(directory.absolute())])
+    return f'{remove} && {command("download_dataset.sh", name, data_dir)}'
 
 
 def is_prepared(name: str, data_dir: Path, version: str) -> bool:
@@ -30,23 +32,69 @@ def is_prepared(name: str, data_dir: Path, version: str) -> bool:
     if not (directory / 'dataset_info.json').exists():
         raise DatasetError(
             f'{directory} is not a prepared dataset: it has no dataset_info.json. To replace it: '
-            f'{prepare_again(name, data_dir.absolute(), directory.absolute())}'
+            f'{prepare_again(name, data_dir, directory)}'
         )
     return True
 
 
-def write(builder: tfds.core.DatasetBuilder) -> Path:
-    """Prepares a dataset with its TFDS builder and returns its folder.
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """TFDS's builder; it takes encoded bytes, so TensorFlow is not needed."""
+
+    def __init__(self, name: str, version: str, splits: Splits, facts: dict, data_dir: Path):
+        self.name, self.VERSION = name, tfds.core.Version(version)
+        self._splits, self._facts = splits, facts
+        super().__init__(data_dir=data_dir, file_format='array_record')
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(builder=self, **self._facts)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self._splits}
+
+    def _generate_examples(self, split: str):
+        for key, name, image, label in self._splits[split]:
+            yield key, {'id': name, 'image': image, 'label': label}
+
+
+def prepare(
+    name: str,
+    version: str,
+    data_dir: Path,
+    read: Callable[[], Splits],
+    image: tfds.features.Image,
+    label: tfds.features.ClassLabel,
+    **facts: str,
+) -> Path:
+    """Writes `data_dir`/`name`/`version` and returns it; returns at once when it is there.
 
     TFDS writes into a folder of another name and renames it at the end, so that a folder of the
     right name is complete.
 
+    Args:
+        name: of the dataset.
+        version: of the dataset.
+        data_dir: the root of all data.
+        read: gives the examples, when they are needed.
+        image: the feature of that name.
+        label: the feature of that name.
+        facts: description and homepage.
+
     Raises:
+        DatasetError: there is something else.
         OSError: the disk is full, or the folder cannot be written to.
     """
+    directory = data_dir / name / version
+    if is_prepared(name, data_dir, version):
+        return directory
+    features = {'id': tfds.features.Text(), 'image': image, 'label': label}
+    about = facts | {
+        'features': tfds.features.FeaturesDict(features),
+        'supervised_keys': ('image', 'label'),
+    }
+    splits = read()
     tfds.disable_progress_bar()
     try:
-        builder.download_and_prepare()
+        _Builder(name, version, splits, about, data_dir).download_and_prepare()
     except RuntimeError as error:  # ArrayRecord's, for any failure to write
-        raise OSError(f'{builder.data_dir} cannot be written: {error}') from error
-    return Path(builder.data_dir)
+        raise OSError(f'{directory} cannot be written: {error}') from error
+    return directory

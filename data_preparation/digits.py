@@ -10,11 +10,13 @@ floor(j·n / 36) for j = 0..35 are the test set. That is 36 of each class, 360 i
 over the collection (and so over its writers); the other 1,437 are the training set.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+from sklearn.datasets import load_digits
 
 from data_preparation import dataset
 
@@ -40,51 +42,22 @@ def encode_png(image: np.ndarray) -> bytes:
     return cv2.imencode('.png', pixels, [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
 
 
-class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """The TFDS builder; it hands over encoded bytes, so TensorFlow is not needed."""
-
-    name = 'digits'
-    VERSION = tfds.core.Version('1.0.0')
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description='1,797 handwritten digits of 8x8 pixels, as carried by scikit-learn.',
-            homepage='https://archive.ics.uci.edu/dataset/80',
-            features=tfds.features.FeaturesDict({
-                'id': tfds.features.Text(),
-                'image': tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
-                'label': tfds.features.ClassLabel(num_classes=10),
-            }),
-            supervised_keys=('image', 'label'),
-        )  # fmt: skip
-
-    def _split_generators(self, dl_manager):
-        return {'train': self._generate_examples('train'), 'test': self._generate_examples('test')}
-
-    def _generate_examples(self, split: str):
-        from sklearn.datasets import load_digits  # needed to prepare the data, never to train
-
-        images, labels = load_digits().images, load_digits().target
-        in_split = test_mask(labels) == (split == 'test')
-        for index in np.flatnonzero(in_split).tolist():
-            yield (
-                index,
-                {
-                    'id': f'{index:04d}',
-                    'image': encode_png(images[index]),
-                    'label': int(labels[index]),
-                },
-            )
+def examples(split: str) -> Iterator[tuple[int, str, bytes, int]]:
+    """The examples of a split as `dataset.prepare` takes them."""
+    images, labels = load_digits().images, load_digits().target
+    for i in np.flatnonzero(test_mask(labels) == (split == 'test')).tolist():
+        yield i, f'{i:04d}', encode_png(images[i]), int(labels[i])
 
 
 def prepare(data_dir: Path) -> Path:
-    """Writes `data_dir/digits/1.0.0` and returns it; returns at once when it is there.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
-    """
-    version = str(Digits.VERSION)
-    if dataset.is_prepared(Digits.name, data_dir, version):
-        return data_dir / Digits.name / version
-    return dataset.write(Digits(data_dir=data_dir, file_format='array_record'))
+    """Writes `data_dir/digits/1.0.0` and returns it; raises as `dataset.prepare`."""
+    return dataset.prepare(
+        'digits',
+        '1.0.0',
+        data_dir,
+        lambda: {split: examples(split) for split in ('train', 'test')},
+        tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
+        tfds.features.ClassLabel(num_classes=10),
+        description='1,797 handwritten digits of 8x8 pixels, as carried by scikit-learn.',
+        homepage='https://archive.ics.uci.edu/dataset/80',
+    )

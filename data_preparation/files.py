@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
+from settings import json_object
+
 MAX_JSON_BYTES = 1 << 26
 MAX_MEMBERS = 100_000  # of one tar; the largest, ILSVRC2012_img_val.tar, has 50,000
 CHUNK_BYTES = 1 << 20
-TAR_BLOCK = 512  # bytes: headers, contents and the end mark are padded to a multiple of it
 DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
     b'\x1f\x8b': gzip.open,
     b'BZh': bz2.open,
@@ -28,27 +29,33 @@ DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
 }
 
 
-def read(path: Path, limit: int) -> bytes:
-    """The content of a regular file.
+def check_regular(path: Path, limit: int | None = None) -> None:
+    """Checks that something is a regular file; reading a device or a pipe might never end.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none. Links are followed.
         ValueError: it is a folder, a device or a pipe, or has more than `limit` bytes.
     """
-    _require_regular(path)
+    if not path.exists():
+        raise FileNotFoundError(f'{path} is missing')
+    if not path.is_file():
+        raise ValueError(f'{path} is not a regular file')
     size = path.stat().st_size
-    if size > limit:
+    if limit is not None and size > limit:
         raise ValueError(f'{path} has {size:,} bytes; at most {limit:,} are read')
-    return path.read_bytes()
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; raises as `read`, and ValueError for what is not JSON."""
-    content = read(path, MAX_JSON_BYTES)
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path} is damaged: not JSON ({error})') from error
+def read_json(path: Path) -> dict[str, Any]:
+    """The names and values in a JSON file; raises as `check_regular`, and ValueError for others."""
+    check_regular(path, MAX_JSON_BYTES)
+    return json_object.read(path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + '.part')
+    temporary.write_text(json.dumps(values) + '\n')
+    os.replace(temporary, path)
 
 
 def decompress(path: Path, limit: int) -> IO[bytes]:
@@ -58,7 +65,7 @@ def decompress(path: Path, limit: int) -> IO[bytes]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, not a regular file, or has more than `limit` bytes inside.
     """
-    _require_regular(path)
+    check_regular(path)
     with path.open('rb') as file:
         magic = file.read(6)
     opener = next((o for start, o in DECOMPRESSORS.items() if magic.startswith(start)), open)
@@ -74,14 +81,6 @@ def decompress(path: Path, limit: int) -> IO[bytes]:
     return content
 
 
-def _require_regular(path: Path) -> None:
-    """Links are followed; reading a device or a pipe might never end."""
-    if not path.exists():
-        raise FileNotFoundError(f'{path} is missing')
-    if not path.is_file():
-        raise ValueError(f'{path} is not a regular file')
-
-
 class Member(NamedTuple):
     """A regular file in a tar: its path, where in the tar its content lies, and the content."""
 
@@ -92,7 +91,7 @@ class Member(NamedTuple):
 
 
 def tar_members(tar: IO[bytes], name: str, limit: int) -> Iterator[Member]:
-    """Yields the regular files of an uncompressed tar in their order, passing over folders.
+    """Yields the regular files of an uncompressed tar in their order; folders are ignored.
 
     Args:
         tar: the tar, seekable.
@@ -113,7 +112,7 @@ def tar_members(tar: IO[bytes], name: str, limit: int) -> Iterator[Member]:
         end = header.offset_data
         if header.isdir():
             continue
-        if content is None or not header.isreg() or header.issparse():
+        if content is None or header.issparse():
             raise ValueError(f'{path} in {name} is not a regular file')
         if not 0 <= header.size <= limit:
             raise ValueError(
@@ -126,11 +125,11 @@ def tar_members(tar: IO[bytes], name: str, limit: int) -> Iterator[Member]:
         if len(paths) == MAX_MEMBERS:
             raise ValueError(f'{name} has more than {MAX_MEMBERS:,} files')
         paths.add(str(path))
-        end += -(-header.size // TAR_BLOCK) * TAR_BLOCK
+        end += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         yield Member(str(path), header.offset_data, header.size, content)
-    # To tarfile a broken header, too, is the end of the archive.
+    # tarfile takes a broken header, too, for the end of the archive.
     tar.seek(end)
-    if tar.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+    if tar.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise ValueError(f'{name} is truncated or damaged at byte {end:,}')
 
 

@@ -8,11 +8,9 @@ per thread. A shard gets its name when it is complete, and the folder gets its o
 a preparation that was stopped resumes with the shards that are missing.
 """
 
-import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
-import functools
-import json
 import os
 import shlex
 import shutil
@@ -27,15 +25,15 @@ from tensorflow_datasets.core import example_serializer
 from tqdm import tqdm
 
 from data_preparation import dataset, files, manifest
-from data_preparation.archives import check, progress
+from data_preparation.archives import check
 from data_preparation.imagenet_archives import NAME, VERSION, Source, features, index, repair
+from data_preparation.manifest import Summary
+from data_preparation.progress import in_threads, progress
 from workloads.resnet.image_decoding import decode
+from workloads.resnet.records import Record
 
 # As TFDS writes, but for the compression, which gains nothing on JPEGs.
 WRITER_OPTIONS = 'group_size:1,uncompressed'
-
-# Of each shard of a split, by file name: what is in it, and the bytes of its records.
-Shards = dict[str, tuple[manifest.Summary, int]]
 
 
 def prepare(data_dir: Path, archives_dir: Path, sources: dict[str, Source], workers: int) -> Path:
@@ -50,8 +48,8 @@ def prepare(data_dir: Path, archives_dir: Path, sources: dict[str, Source], work
     final = data_dir / NAME / VERSION
     if dataset.is_prepared(NAME, data_dir, VERSION):
         return final
-    paths = [archives_dir / source.archive.file_name for source in sources.values()]
-    missing = [f'{path} is missing' for path in paths if not path.is_file()]
+    archives = {split: archives_dir / source.file_name for split, source in sources.items()}
+    missing = [f'{path} is missing' for path in archives.values() if not path.is_file()]
     if missing:
         raise FileNotFoundError(
             f'{", and ".join(missing)}. ImageNet requires registration at image-net.org '
@@ -61,19 +59,17 @@ def prepare(data_dir: Path, archives_dir: Path, sources: dict[str, Source], work
     work = data_dir / NAME / f'incomplete.{VERSION}'
     work.mkdir(parents=True, exist_ok=True)
     with _only_one(work):
-        for source in sources.values():
-            path = archives_dir / source.archive.file_name
-            check(path, source.archive, work / 'checked.json')
+        for split, source in sources.items():
+            check(archives[split], source, work / 'checked.json')
         indexes = {
-            split: index(split, archives_dir / source.archive.file_name, source, work)
-            for split, source in sources.items()
+            split: index(split, archives[split], source, work) for split, source in sources.items()
         }
         _check_space(work, indexes)
-        summaries = {}
-        for split, shards in indexes.items():
-            archive = archives_dir / sources[split].archive.file_name
-            summaries[split] = _write_split(split, archive, shards, work, workers)
-        _write_metadata(work, summaries)
+        shards = {
+            split: _write_split(split, archives[split], index, work, workers)
+            for split, index in indexes.items()
+        }
+        _write_metadata(work, shards)
         for leftover in [work / 'checked.json', *work.glob('*.index.npy'), *work.glob('*.part')]:
             leftover.unlink(missing_ok=True)
         shutil.rmtree(work / 'summaries')
@@ -106,105 +102,85 @@ def _check_space(work: Path, indexes: dict[str, list[np.ndarray]]) -> None:
 
 
 def _write_split(
-    split: str, archive: Path, shards: list[np.ndarray], work: Path, workers: int
-) -> Shards:
-    """Writes the shards of a split that are missing; returns the summaries of all, by file name."""
+    split: str, archive: Path, index: list[np.ndarray], work: Path, workers: int
+) -> dict[str, Summary]:
+    """Writes the shards of a split that are missing; returns what is in each, by file name."""
     (work / 'summaries').mkdir(exist_ok=True)
-    paths = [
-        work / f'{NAME}-{split}.array_record-{i:05d}-of-{len(shards):05d}'
-        for i in range(len(shards))
-    ]
+    count = len(index)
+    paths = [work / f'{NAME}-{split}.array_record-{i:05d}-of-{count:05d}' for i in range(count)]
     summaries = [work / 'summaries' / f'{path.name}.json' for path in paths]
     missing = [i for i, summary in enumerate(summaries) if not summary.exists()]
-    total = sum(map(len, shards))
-    done = total - sum(len(shards[i]) for i in missing)
-    stop = threading.Event()
-    with (
-        archive.open('rb') as file,
-        progress(f'writing {split}', total, ' images', done) as bar,
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
-    ):
-        write = functools.partial(_write_shard, archive, file.fileno(), stop=stop, bar=bar)
-        writing = [pool.submit(write, shards[i], paths[i], summaries[i]) for i in missing]
-        try:
-            for shard in concurrent.futures.as_completed(writing):
-                shard.result()
-        except BaseException as error:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            kept = sum(summary.exists() for summary in summaries)
-            advice = (
-                f'{error}. {kept} of {len(paths)} shards of {split} are complete and kept in '
-                f'{work}; fix the cause and run the same command again to resume'
-            )
-            if isinstance(error, (RuntimeError, OSError)):
-                raise OSError(advice) from error
-            if isinstance(error, ValueError):
-                raise ValueError(advice) from error
-            raise
+    total = sum(map(len, index))
+    done = total - sum(len(index[i]) for i in missing)
+    try:
+        with progress(f'writing {split}', total, ' images', done) as bar:
+            calls = [(archive, index[i], paths[i], summaries[i], bar) for i in missing]
+            in_threads(_write_shard, calls, workers)
+    except (RuntimeError, OSError, ValueError) as error:
+        kept = sum(summary.exists() for summary in summaries)
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(
+            f'{error}. {kept} of {count} shards of {split} are complete and kept in {work}; fix '
+            'the cause and run the same command again to resume'
+        ) from error
     return {path.name: _read_summary(s) for path, s in zip(paths, summaries, strict=True)}
 
 
-def _read_summary(path: Path) -> tuple[manifest.Summary, int]:
-    """The summary of a shard and the bytes of its records, as `_write_shard` wrote them."""
+def _read_summary(path: Path) -> Summary:
     try:
-        values = files.read_json(path)
-        return manifest.Summary.from_json(values), int(values['bytes'])
-    except (KeyError, TypeError, ValueError) as error:
+        return Summary.from_json(files.read_json(path))
+    except ValueError as error:
         raise ValueError(f'{path} is damaged. Delete it: rm {shlex.quote(str(path))}') from error
 
 
 def _write_shard(
     archive: Path,
-    descriptor: int,
     entries: np.ndarray,
     path: Path,
     summary_path: Path,
-    *,
-    stop: threading.Event,
     bar: tqdm,
+    stop: threading.Event,
 ) -> None:
-    """Writes one shard, and when it is complete under its name, its summary beside it."""
+    """Writes one shard, and when it is complete under its name, its summary."""
     serializer = example_serializer.ExampleSerializer(features().get_serialized_info())
     temporary = path.with_name(path.name + '.part')
-    summary, size = manifest.Summary(), 0
-    for offset, length in sorted(entries[['offset', 'size']].tolist()):
-        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+    facts = []
     writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-    for offset, length, label, name in entries.tolist():
-        if stop.is_set():
-            return
-        try:
-            image = repair(name.decode(), os.pread(descriptor, length, offset))
-            decode(image)
-        except ValueError as error:
-            raise ValueError(f'{name.decode()} in {archive} is damaged: {error}') from error
-        example = {'file_name': name.decode(), 'image': image, 'label': label}
-        serialized = serializer.serialize_example(features().encode_example(example))
-        writer.write(serialized)
-        size += len(serialized)
-        summary.add(manifest.Record(name, label, image))
-        bar.update()
+    with archive.open('rb') as file:
+        # They are spread over the archive; the disk may read them in the best order.
+        for offset, length in sorted(entries[['offset', 'size']].tolist()):
+            os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+        for offset, length, label, name in entries.tolist():
+            if stop.is_set():
+                return
+            try:
+                image = repair(name.decode(), os.pread(file.fileno(), length, offset))
+                decode(image)
+            except ValueError as error:
+                raise ValueError(f'{name.decode()} in {archive} is damaged: {error}') from error
+            example = {'file_name': name.decode(), 'image': image, 'label': label}
+            writer.write(serializer.serialize_example(features().encode_example(example)))
+            facts.append((label, manifest.digest_of(Record(name, label, image))))
+            bar.update()
     writer.close()
     with temporary.open('rb') as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    temporary.write_text(json.dumps(summary.to_json() | {'bytes': size}))
-    os.replace(temporary, summary_path)
+    files.write_json(summary_path, dataclasses.asdict(Summary.of_records(facts)))
 
 
-def _write_metadata(work: Path, summaries: dict[str, Shards]) -> None:
+def _write_metadata(work: Path, shards: dict[str, dict[str, Summary]]) -> None:
     """Adds what TFDS needs to read the shards, and the manifest."""
     infos = [
         tfds.core.SplitInfo(
             name=split,
-            shard_lengths=[summary.examples for summary, _ in shards.values()],
-            num_bytes=sum(size for _, size in shards.values()),
+            shard_lengths=[summary.examples for summary in of_split.values()],
+            num_bytes=sum((work / name).stat().st_size for name in of_split),
             filename_template=tfds.core.ShardedFileTemplate(
                 data_dir=work, dataset_name=NAME, split=split, filetype_suffix='array_record'
             ),
         )
-        for split, shards in summaries.items()
+        for split, of_split in shards.items()
     ]
     tfds.folder_dataset.write_metadata(
         data_dir=work,
@@ -215,11 +191,5 @@ def _write_metadata(work: Path, summaries: dict[str, Shards]) -> None:
         supervised_keys=('image', 'label'),
         homepage='https://image-net.org/',
     )
-    manifest.write(
-        work,
-        {
-            split: {name: summary for name, (summary, _) in shards.items()}
-            for split, shards in summaries.items()
-        },
-        features()['label'].names,
-    )
+    splits = {split: Summary.of_shards(of_split) for split, of_split in shards.items()}
+    manifest.write(work, manifest.Manifest(features()['label'].names, splits))

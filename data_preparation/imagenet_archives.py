@@ -24,42 +24,45 @@ from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
 
 from data_preparation import files
-from data_preparation.archives import Archive, download, progress
-from data_preparation.images import check_header
-from workloads.resnet.image_decoding import decode
+from data_preparation.archives import Archive, download
+from data_preparation.progress import progress
+from workloads.resnet.image_decoding import decode, find_frame
 
 NAME, VERSION = 'imagenet2012', '5.1.0'
 INDEX_ENTRY = np.dtype([('offset', 'i8'), ('size', 'i4'), ('label', 'i2'), ('name', 'S32')])
 MAX_IMAGE_BYTES = 1 << 26
-SOURCE_FIELDS = {'file_name', 'size', 'sha256', 'examples'}
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Source(Archive):
     """A split's archive and what is known of it; `shards` is TFDS's choice where it is None."""
 
-    archive: Archive
     examples: int
     shards: int | None = None
 
 
 OFFICIAL = {
     'train': Source(
-        Archive(
-            'ILSVRC2012_img_train.tar',
-            147_897_477_120,
-            'b08200a27a8e34218a0e58fde36b0fe8f73bc377f4acea2d91602057c3ca45bb',
-        ),
+        'ILSVRC2012_img_train.tar',
+        147_897_477_120,
+        'b08200a27a8e34218a0e58fde36b0fe8f73bc377f4acea2d91602057c3ca45bb',
         1_281_167,
     ),
     'validation': Source(
-        Archive(
-            'ILSVRC2012_img_val.tar',
-            6_744_924_160,
-            'c7e06a6c0baccf06d8dbeb6577d71efff84673a5dbdd50633ab44f8ea0456ae0',
-        ),
+        'ILSVRC2012_img_val.tar',
+        6_744_924_160,
+        'c7e06a6c0baccf06d8dbeb6577d71efff84673a5dbdd50633ab44f8ea0456ae0',
         50_000,
     ),
+}
+# Of each field of another source: its type, a pattern of its text, and that in words.
+_COUNT = (int, '[1-9][0-9]*', 'an integer above 0')
+_FORM: dict[str, tuple[type, str, str]] = {
+    'file_name': (str, r'\w[\w.-]*', 'letters, digits, . - and _'),
+    'size': _COUNT,
+    'sha256': (str, '[0-9a-f]{64}', '64 digits of 0-9a-f'),
+    'examples': _COUNT,
+    'shards': _COUNT,
 }
 
 
@@ -74,28 +77,24 @@ def read_sources(path: Path) -> dict[str, Source]:
         ValueError: it is damaged or of another form; the text names the field.
     """
     content = files.read_json(path)
-    if not isinstance(content, dict) or content.keys() != OFFICIAL.keys():
+    if content.keys() != OFFICIAL.keys():
         raise ValueError(f'{path} must have an object with the keys {", ".join(OFFICIAL)}')
     return {split: _source(f'{path}: {split}', values) for split, values in content.items()}
 
 
 def _source(where: str, values: Any) -> Source:
     """Checks the form of one split of a file of sources."""
-    if not isinstance(values, dict) or values.keys() - {'shards'} != SOURCE_FIELDS:
-        fields = ', '.join(sorted(SOURCE_FIELDS))
-        raise ValueError(f'{where} must be an object with {fields} and, optionally, shards')
-    for field in ('size', 'examples', 'shards'):
-        value = values.get(field, 1)
-        if type(value) is not int or value < 1:
-            raise ValueError(f'{where}: {field} is {value!r}; it must be an integer above 0')
-    name, digest, shards = values['file_name'], values['sha256'], values.get('shards')
-    if not isinstance(name, str) or not re.fullmatch(r'\w[\w.-]*', name):
-        raise ValueError(f'{where}: file_name is {name!r}; it must be letters, digits, . - and _')
-    if not isinstance(digest, str) or not re.fullmatch('[0-9a-f]{64}', digest):
-        raise ValueError(f'{where}: sha256 is {digest!r}; it must be 64 digits of 0-9a-f')
-    if shards is not None and shards > values['examples']:
-        raise ValueError(f'{where}: shards is {shards}; it must be at most examples')
-    return Source(Archive(name, values['size'], digest), values['examples'], shards)
+    if not isinstance(values, dict) or {*values, 'shards'} != _FORM.keys():
+        raise ValueError(
+            f'{where} must be an object with {", ".join(_FORM)} (the last is optional)'
+        )
+    for field, value in values.items():
+        kind, pattern, words = _FORM[field]
+        if type(value) is not kind or not re.fullmatch(pattern, str(value)):
+            raise ValueError(f'{where}: {field} is {value!r}; it must be {words}')
+    if values.get('shards', 1) > values['examples']:
+        raise ValueError(f'{where}: shards is {values["shards"]}; it must be at most examples')
+    return Source(**values)
 
 
 def fetch(url: str, archives_dir: Path, sources: dict[str, Source]) -> None:
@@ -111,10 +110,9 @@ def fetch(url: str, archives_dir: Path, sources: dict[str, Source]) -> None:
         )
     user, password = (os.environ.get(f'IMAGENET_{v}', '') for v in ('USER', 'PASSWORD'))
     for source in sources.values():
-        archive = source.archive
-        path = archives_dir / archive.file_name
+        path = archives_dir / source.file_name
         if not path.exists():
-            download(f'{url.rstrip("/")}/{path.name}', path, archive.size, user, password)
+            download(f'{url.rstrip("/")}/{path.name}', path, source.size, user, password)
 
 
 @functools.cache
@@ -124,31 +122,25 @@ def features() -> tfds.features.FeaturesDict:
 
 
 @functools.cache
-def _labels() -> dict[str, int]:
-    """The label of each class by its name ('n01440764')."""
-    return {name: label for label, name in enumerate(features()['label'].names)}
-
-
-@functools.cache
-def _validation_labels() -> list[str]:
-    """The class of each validation image, in the order of their numbers."""
+def _validation_classes() -> list[str]:
+    """The class ('n01440764') of each validation image, in the order of their numbers."""
     path = tfds.core.tfds_path('datasets/imagenet2012/validation_labels.txt')
     return path.read_text().split()
 
 
-def _class_of(split: str, name: str, inner_tar: str) -> int:
+def _label(split: str, name: str, inner_tar: str) -> int:
     """The label of an image, from the tar it lies in or from its number; ValueError if unknown."""
-    if split == 'train':
-        synset = Path(inner_tar).stem
-    else:
+    synset = Path(inner_tar).stem
+    if split != 'train':
         number = re.fullmatch(r'ILSVRC2012_val_(\d{8})\.JPEG', name)
-        labels = _validation_labels()
-        if not number or not 1 <= int(number[1]) <= len(labels):
+        classes = _validation_classes()
+        if not number or not 1 <= int(number[1]) <= len(classes):
             raise ValueError(f'{name} is not a name of a validation image')
-        synset = labels[int(number[1]) - 1]
-    if synset not in _labels():
-        raise ValueError(f'{synset} is not a class of ILSVRC2012')
-    return _labels()[synset]
+        synset = classes[int(number[1]) - 1]
+    try:
+        return features()['label'].str2int(synset)
+    except KeyError:
+        raise ValueError(f'{synset} is not a class of ILSVRC2012') from None
 
 
 def _members(split: str, path: Path) -> Iterator[tuple[str, str, int, int]]:
@@ -156,16 +148,18 @@ def _members(split: str, path: Path) -> Iterator[tuple[str, str, int, int]]:
     with path.open('rb') as archive:
         if split != 'train':
             for image in files.tar_members(archive, str(path), MAX_IMAGE_BYTES):
-                yield image.path, '', image.offset, image.size
+                yield Path(image.path).name, '', image.offset, image.size
             return
         for member in files.tar_members(archive, str(path), path.stat().st_size):
             where = f'{member.path} in {path}'
             for image in files.tar_members(member.content, where, MAX_IMAGE_BYTES):
-                yield image.path, member.path, member.offset + image.offset, image.size
+                yield Path(image.path).name, member.path, member.offset + image.offset, image.size
 
 
 def index(split: str, path: Path, source: Source, work: Path) -> list[np.ndarray]:
     """Where each shard's images are: one array of INDEX_ENTRY for each shard, in TFDS's order.
+
+    It is kept in `work`, because reading all headers again can take long.
 
     Raises:
         ValueError: the archive has not the structure of ILSVRC2012's; the text names the member.
@@ -191,23 +185,21 @@ def _entries(split: str, path: Path, source: Source) -> list[tuple[int, int, int
     """The images of an archive as tuples of INDEX_ENTRY, in TFDS's order."""
     entries = []
     bar = progress(f'indexing {path.name}', source.examples, ' images')
-    for member, inner_tar, offset, size in _members(split, path):
+    for name, inner_tar, offset, size in _members(split, path):
         bar.update()
-        name = Path(member).name
-        if len(name.encode()) > INDEX_ENTRY['name'].itemsize:
-            raise ValueError(f'{path} has not the structure of ILSVRC2012: {name} is too long')
         try:
-            entries.append((offset, size, _class_of(split, name, inner_tar), name.encode()))
+            if len(name.encode()) > INDEX_ENTRY['name'].itemsize:
+                raise ValueError(f'{name} is too long')
+            entries.append((offset, size, _label(split, name, inner_tar), name.encode()))
         except ValueError as error:
             raise ValueError(f'{path} has not the structure of ILSVRC2012: {error}') from error
         if len(entries) > source.examples:
             raise ValueError(f'{path} has more than {source.examples:,} images')
     if len(entries) != source.examples:
         raise ValueError(f'{path} has {len(entries):,} images, not {source.examples:,}')
-    counts = Counter(name for *_, name in entries)
-    twice = next((name for name, count in counts.items() if count > 1), None)
-    if twice:
-        raise ValueError(f'{path} has {twice.decode()} twice')
+    most, count = Counter(name for *_, name in entries).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f'{path} has {most.decode()} twice')
     # TFDS orders the examples of a split by a hash of their names.
     hasher = hashing.Hasher(split)
     return sorted(entries, key=lambda entry: hasher.hash_key(entry[3]))
@@ -220,7 +212,7 @@ def repair(name: str, encoded: bytes) -> bytes:
     ValueError if it is to be re-encoded and cannot be decoded.
     """
     if name in imagenet2012_dataset_builder.CMYK_IMAGES:
-        check_header(encoded)
+        find_frame(encoded)  # It judges the size.
         # Adobe's CMYK is stored inverted, so that the product with black is the colour.
         cmyk = simplejpeg.decode_jpeg(encoded, 'CMYK', fastdct=True).astype(np.uint16)
         rgb = (cmyk[..., :3] * cmyk[..., 3:] // 255).astype(np.uint8)

@@ -2,103 +2,41 @@
 """What a dataset holds, in a form that does not depend on how it is cut into shards or ordered.
 
 A record's digest is the SHA-256 of its identifier, label and encoded image. The digest of a set of
-records is the sum of theirs modulo 2^256, so a shard's digests add up to the split's, in any order,
+records is the sum of theirs modulo 2^256, so shards' digests add up to the split's, in any order,
 and a record that is missing or there twice changes it.
 """
 
 import dataclasses
 import hashlib
-import json
-import os
+import itertools
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-from tensorflow_datasets.proto import tf_example_pb2
+from typing import Any, NamedTuple
 
 from data_preparation import files
+from workloads.resnet.records import Record
 
 FILE_NAME = 'manifest.json'
 PUBLISHED = Path(__file__).parent / 'manifests'
-# The features that may identify a record, by dataset: CIFAR-10 and digits have `id`, ImageNet
-# `file_name`.
-IDENTIFIERS = ('id', 'file_name')
+
+
+def digest_of(record: Record) -> int:
+    """SHA-256 of what a record holds, as an integer."""
+    head = b'%s\0%d\0' % (record.name, record.label)
+    return int.from_bytes(hashlib.sha256(head + record.image).digest(), 'big')
+
+
+def _total(digests: Iterable[int]) -> str:
+    return f'{sum(digests) % 2**256:064x}'
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """One example as stored: its identifier (empty where it has none), label and encoded image."""
-
-    name: bytes
-    label: int
-    image: bytes
-
-    @classmethod
-    def parse(cls, serialized: bytes) -> 'Record':
-        """Reads a serialized `tf.train.Example`.
-
-        Raises:
-            ValueError: it is none, or has no image or no label.
-        """
-        try:
-            features = tf_example_pb2.Example.FromString(serialized).features.feature
-            names = [features[i].bytes_list.value[0] for i in IDENTIFIERS if i in features]
-            label = features['label'].int64_list.value[0]
-            return cls(b''.join(names), label, features['image'].bytes_list.value[0])
-        except Exception as error:  # protobuf's own class of error is not public
-            raise ValueError(f'no tf.train.Example with an image and a label: {error}') from error
-
-    @property
-    def digest(self) -> int:
-        """SHA-256 of what the record holds, as an integer."""
-        head = b'%s\0%d\0' % (self.name, self.label)
-        return int.from_bytes(hashlib.sha256(head + self.image).digest(), 'big')
-
-
-@dataclasses.dataclass
 class Summary:
-    """Count, digest and examples per class of a set of records; two of them add up."""
+    """What is known of the records of a shard or a split; None or empty where it is not.
 
-    examples: int = 0
-    digest: int = 0
-    class_counts: Counter = dataclasses.field(default_factory=Counter)
-
-    def add(self, record: Record) -> None:
-        """Takes one more record in."""
-        self.examples += 1
-        self.digest = (self.digest + record.digest) % 2**256
-        self.class_counts[record.label] += 1
-
-    def __add__(self, other: 'Summary') -> 'Summary':
-        return Summary(
-            self.examples + other.examples,
-            (self.digest + other.digest) % 2**256,
-            self.class_counts + other.class_counts,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values; `from_json` is the way back."""
-        counts = [self.class_counts[c] for c in range(max(self.class_counts, default=-1) + 1)]
-        return {
-            'examples': self.examples,
-            'digest': f'{self.digest:064x}',
-            'class_counts': counts,
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> 'Summary':
-        """The summary that `to_json` wrote."""
-        counts = Counter({c: n for c, n in enumerate(values['class_counts']) if n})
-        return cls(values['examples'], int(values['digest'], 16), counts)
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """What a manifest says of a split; None or empty where that is not known.
-
-    `shards` has the digest of each shard by its file's name.
+    `class_counts` has the number of examples by label, `shards` the digest of each shard of a split
+    by its file's name.
     """
 
     examples: int
@@ -106,80 +44,81 @@ class Split:
     digest: str | None = None
     shards: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of_records(cls, facts: list[tuple[int, int]]) -> 'Summary':
+        """Of a shard's records, each given as (label, digest)."""
+        counts = [0] * (max((label for label, _ in facts), default=-1) + 1)
+        for label, _ in facts:
+            counts[label] += 1
+        return cls(len(facts), counts, _total(digest for _, digest in facts))
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """The names of the classes in the order of their labels, and the splits by name."""
+    @classmethod
+    def of_shards(cls, shards: Mapping[str, 'Summary']) -> 'Summary':
+        """Of a split, from those of all its shards by name."""
+        counts = itertools.zip_longest(
+            *(s.class_counts or [] for s in shards.values()), fillvalue=0
+        )
+        digests = {name: shard.digest or '' for name, shard in sorted(shards.items())}
+        return cls(
+            sum(shard.examples for shard in shards.values()),
+            [sum(of_class) for of_class in counts],
+            _total(int(digest, 16) for digest in digests.values()),
+            digests,
+        )
+
+    @classmethod
+    def from_json(cls, values: Any) -> 'Summary':
+        """The inverse of `dataclasses.asdict`; ValueError says what cannot be true."""
+        try:
+            summary = cls(**values)
+            digests = [*summary.shards.values(), summary.digest or 64 * '0']
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f'it has unknown or unusable fields ({error})') from error
+        examples, counts = summary.examples, summary.class_counts
+        if type(examples) is not int or examples < 0:
+            raise ValueError(f'examples is {examples!r}, not a count')
+        if counts is not None and (not _is_list_of(int, counts) or sum(counts) != examples):
+            raise ValueError('class_counts are not counts that add up to examples')
+        if not all(isinstance(d, str) and re.fullmatch('[0-9a-f]{64}', d) for d in digests):
+            raise ValueError('a digest is not 64 hexadecimal digits')
+        total = _total(int(digest, 16) for digest in summary.shards.values())
+        if summary.shards and total != summary.digest:
+            raise ValueError("the shards' digests do not add up to the split's")
+        return summary
+
+
+class Manifest(NamedTuple):
+    """The names of the classes in the order of their labels, and what each split holds."""
 
     label_names: list[str]
-    splits: dict[str, Split]
-
-
-def read(path: Path) -> Manifest:
-    """Reads a manifest.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged; the text names the file and what is wrong in it.
-    """
-    content = files.read_json(path)
-    try:
-        labels = content.pop('label_names')
-        splits = {name: Split(**values) for name, values in content.items()}
-        wrong = [] if _is_list_of(str, labels) else ['label_names is not a list of names']
-        for name, split in splits.items():
-            wrong += [f'{name}: {reason}' for reason in _contradictions(split)]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} is damaged or not a manifest: {error!r}') from error
-    if wrong:
-        raise ValueError(f'{path} is damaged: {"; ".join(wrong)}')
-    return Manifest(labels, splits)
-
-
-def _contradictions(split: Split) -> list[str]:
-    """What cannot be true of a split; empty for what `write` writes."""
-    wrong = []
-    if type(split.examples) is not int or split.examples < 0:
-        wrong.append(f'examples is {split.examples!r}, not a count')
-    if split.class_counts is not None and (
-        not _is_list_of(int, split.class_counts) or sum(split.class_counts) != split.examples
-    ):
-        wrong.append('class_counts are not counts that add up to examples')
-    digests = [*split.shards.values(), *([] if split.digest is None else [split.digest])]
-    if not all(re.fullmatch('[0-9a-f]{64}', digest) for digest in digests):
-        wrong.append('a digest is not 64 hexadecimal digits')
-    elif split.shards and _total(split.shards.values()) != split.digest:
-        wrong.append("the shards' digests do not add up to the split's")
-    return wrong
+    splits: dict[str, Summary]
 
 
 def _is_list_of(kind: type, values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
-def _total(digests: Iterable[str]) -> str:
-    return f'{sum(int(digest, 16) for digest in digests) % 2**256:064x}'
+def read(path: Path) -> Manifest:
+    """Reads a manifest; what is not published may be left out.
 
-
-def write(directory: Path, splits: dict[str, dict[str, Summary]], label_names: list[str]) -> Path:
-    """Writes a dataset's manifest into its folder and returns the file.
-
-    Args:
-        directory: the dataset's folder, …/NAME/VERSION.
-        splits: for each split its shards' file names and summaries.
-        label_names: the names of the classes in the order of their labels.
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged; the text names the file and what is wrong in it.
     """
-    content: dict[str, Any] = {'label_names': label_names}
-    for split, shards in splits.items():
-        whole = sum(shards.values(), Summary())
-        content[split] = whole.to_json() | {
-            'shards': {name: f'{shard.digest:064x}' for name, shard in sorted(shards.items())}
-        }
-    path = directory / FILE_NAME
-    temporary = path.with_suffix('.part')
-    temporary.write_text(json.dumps(content) + '\n')
-    os.replace(temporary, path)
-    return path
+    splits = files.read_json(path)
+    labels = splits.pop('label_names', None)
+    if not _is_list_of(str, labels):
+        raise ValueError(f'{path} is damaged: label_names is not a list of names')
+    try:
+        return Manifest(labels, {name: Summary.from_json(of) for name, of in splits.items()})
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+
+
+def write(directory: Path, manifest: Manifest) -> None:
+    """Writes a dataset's manifest into its folder, …/NAME/VERSION."""
+    splits = {name: dataclasses.asdict(split) for name, split in manifest.splits.items()}
+    files.write_json(directory / FILE_NAME, {'label_names': manifest.label_names, **splits})
 
 
 def published(name: str, version: str, encoding: str) -> Path:

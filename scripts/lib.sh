@@ -43,36 +43,26 @@ use_test_environment() {
     if has_gpu; then export VENV="$VENV-cpu"; fi
 }
 
-# dataset_arguments NAME [DIR] [OPTION...]: sets name (that of the dataset's folder), data_dir and options;
-# without a NAME it prints the help.
-# shellcheck disable=SC2034 # The caller uses what it sets.
-dataset_arguments() {
-    case "${1:-}" in
-        -h | --help | '') print_help; exit ;;
-        digits | cifar10) name="$1" ;;
-        imagenet | imagenet2012) name=imagenet2012 ;;
-        *) die "unknown dataset $1; known are digits, cifar10 and imagenet" ;;
-    esac
-    shift
-    data_dir="$ROOT/data"
-    if [[ $# -gt 0 && "$1" != -* ]]; then
-        data_dir="$1"
-        [[ "$data_dir" == /* ]] || data_dir="$PWD/$data_dir"
-        shift
-    fi
-    options=("$@")
-}
-
-# data_preparation ARGUMENT...: becomes `python -m data_preparation ARGUMENT...`. Wrong arguments are rejected
-# before the environment is set up.
+# data_preparation ARGUMENT...: becomes `python -m data_preparation ARGUMENT...`. It prints its help, and rejects
+# wrong arguments, before the environment is set up; any Python can do that.
 data_preparation() {
-    local python="$VENV/bin/python"
-    case " $* " in *' -h '* | *' --help '*) print_help; exit ;; esac
+    local python="$VENV/bin/python" help
     [[ -x "$python" ]] || python="$(find_python)"
     export PYTHONPATH="$ROOT"
-    "$python" -c 'from data_preparation.__main__ import parse_arguments; parse_arguments()' "$@"
+    help="$("$python" -c 'from data_preparation.__main__ import parse_arguments; parse_arguments()' "$@")"
+    if [[ -n "$help" ]]; then echo "$help"; exit; fi
     "$ROOT/scripts/setup_env.sh"
     exec "$VENV/bin/python" -m data_preparation "$@"
+}
+
+# exit_status STATUS: prints what main.py says with it: 75, interrupted, where a process hung and ended itself by
+# SIGALRM; 3, failed, where one did not get the others to end with it, and ended itself by SIGUSR1.
+exit_status() {
+    case "$1" in
+        $((128 + 14))) echo 75 ;;
+        $((128 + 10))) echo 3 ;;
+        *) echo "$1" ;;
+    esac
 }
 
 # has_gpu: true where an NVIDIA driver answers and sees a GPU.

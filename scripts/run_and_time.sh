@@ -67,7 +67,7 @@ fi
 # Before anything is prepared or written.
 "$python" "$ROOT/main.py" "${arguments[@]}" --mode=check
 if [[ "$name" == digits ]]; then
-    (cd "$ROOT" && "$python" -m data_preparation digits --data_dir="$data_dir") | tail -n 1
+    (cd "$ROOT" && "$python" -m data_preparation prepare digits "$data_dir") | tail -n 1
 fi
 if [[ -z "$workdir" ]]; then
     number=1

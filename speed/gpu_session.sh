@@ -42,7 +42,7 @@ fi
 cache="$OUT/cache"
 trap 'rm -rf "$cache" "$OUT/scratch"' EXIT # Neither belongs to the results.
 
-"$PYTHON" -m data_preparation digits --data_dir=data || die 'the digits could not be prepared; see above'
+"$PYTHON" -m data_preparation prepare digits data || die 'the digits could not be prepared; see above'
 
 failed=()
 part() { # part NAME COMMAND...: runs it within the limit, into the log

@@ -343,7 +343,7 @@ def test_a_file_of_sources_with_anything_in_any_place_is_named_or_usable(tmp_pat
             said = ''
             accepted += 1
             assert sources.keys() == {'train', 'validation'}
-            assert all(Path(s.archive.file_name).name for s in sources.values())
+            assert all(Path(s.file_name).name for s in sources.values())
         assert not said or str(path) in said
     # Without shards, another name or a larger number are possible.
     assert accepted < 0.1 * len(variants)

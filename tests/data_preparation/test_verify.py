@@ -16,21 +16,22 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from data_preparation import imagenet, manifest
 from data_preparation.verify import read_metadata, verify
+from settings.errors import DatasetError
 from tests.ilsvrc_archives import check, png, small_sources, synthetic_jpeg
-from workloads.resnet.records import DatasetError
+from workloads.resnet import records
 
 
 def edit_shard(path: Path, edit) -> None:
     """Writes the records of a shard anew, as `edit(list of serialized records)` returns them."""
-    records = edit(ArrayRecordReader(str(path)).read_all())
+    edited = edit(ArrayRecordReader(str(path)).read_all())
     writer = ArrayRecordWriter(str(path), 'group_size:1')
-    for record in records:
+    for record in edited:
         writer.write(record)
     writer.close()
 
 
 def replace_image(serialized: bytes, change) -> bytes:
-    example = manifest.tf_example_pb2.Example.FromString(serialized)
+    example = records.tf_example_pb2.Example.FromString(serialized)
     values = example.features.feature['image'].bytes_list.value
     values[0] = change(values[0])
     return example.SerializeToString()
@@ -55,8 +56,7 @@ def shard(directory: Path, number: int = 1) -> Path:
 
 
 def test_a_flipped_bit_is_found_and_its_record_named(tmp_path, prepared):
-    records = ArrayRecordReader(str(shard(prepared))).read_all()
-    image = manifest.Record.parse(records[3]).image
+    image = records.parse(ArrayRecordReader(str(shard(prepared))).read_all()[3]).image
     corrupt(shard(prepared), shard(prepared).read_bytes().find(image[-100:]) + 50)
     with pytest.raises(
         ValueError, match=r'record 3 of imagenet2012-train.array_record-00001-of-00004'
@@ -78,9 +78,7 @@ def test_a_truncated_shard_is_named(tmp_path, prepared, size):
 
 
 def test_a_duplicate_is_named_though_the_count_is_right(tmp_path, prepared):
-    name = manifest.Record.parse(
-        ArrayRecordReader(str(shard(prepared))).read_all()[0]
-    ).name.decode()
+    name = records.parse(ArrayRecordReader(str(shard(prepared))).read_all()[0]).name.decode()
     edit_shard(shard(prepared), lambda records: [records[0], *records[:-1]])
     with pytest.raises(ValueError, match=rf'train has {name} 2 times, in .*00001-of-00004'):
         check(tmp_path)
@@ -134,7 +132,7 @@ def test_real_imagenet_is_held_to_the_published_counts(tmp_path, prepared):
 def test_ctrl_c_does_not_wait_for_the_shards_that_are_left(tmp_path, prepared, monkeypatch):
     told_to_stop = []
 
-    def interrupted(shard, length, metadata, full, stop, bar):
+    def interrupted(shard, metadata, full, bar, stop):
         if shard.path.name.endswith('00000-of-00004'):
             raise KeyboardInterrupt
         told_to_stop.append(stop.wait(20))
@@ -214,13 +212,13 @@ def damaged_digits(whole_digits, tmp_path) -> Path:
     return Path(shutil.copytree(whole_digits / 'digits/1.0.0', tmp_path / 'digits/1.0.0'))
 
 
-def examples(directory: Path) -> dict[str, list[manifest.Record]]:
+def examples(directory: Path) -> dict[str, list[records.Record]]:
     """What a reader of the dataset gets, and by the names of its classes."""
     metadata = read_metadata(directory)
     found: dict[str, list] = {'classes': metadata.label_names}
-    for split, path, _ in metadata.shards:
-        records = ArrayRecordReader(str(path)).read_all()
-        found.setdefault(split, []).extend(map(manifest.Record.parse, records))
+    for split, shards in metadata.shards.items():
+        read = [ArrayRecordReader(str(path)).read_all() for path, _ in shards]
+        found[split] = [records.parse(record) for of_shard in read for record in of_shard]
     return found
 
 
@@ -308,7 +306,8 @@ def test_metadata_with_anything_in_any_place_are_named_or_usable(damaged_digits,
             except ValueError as error:
                 rejected.append(str(error))
             else:
-                assert all(path.parent == damaged_digits for _, path, _ in metadata.shards)
+                paths = [path for shards in metadata.shards.values() for path, _ in shards]
+                assert all(path.parent == damaged_digits for path in paths)
     assert len(rejected) > 100
     assert all(name in said or 'names no classes' in said for said in rejected)
 

@@ -54,7 +54,7 @@ def prepared(archives, tmp_path_factory) -> Path:
     files = {path.name: path.read_bytes() for path in archives.glob('*.tar')}
     sources = archives / 'sources.json'
     with RangeServer(files, breaks=[10_000_000, 1, 7_000_000]) as server:
-        options = ['imagenet', '--data_dir', data_dir, '--sources', sources, '--url', server.url]
+        options = ['prepare', 'imagenet', data_dir, '--sources', sources, '--url', server.url]
         process = subprocess.Popen(command(*options), stderr=subprocess.PIPE, text=True)
         work = data_dir / 'imagenet2012' / 'incomplete.5.1.0'
         deadline = time.monotonic() + 120
@@ -70,7 +70,7 @@ def prepared(archives, tmp_path_factory) -> Path:
         complete = {p.stem for p in work.glob('summaries/*.json')}
         assert 3 <= len(complete) < 64
 
-        verified = finished('verify', 'imagenet2012', '--data_dir', data_dir)
+        verified = finished('verify', 'imagenet2012', data_dir)
         assert 'is not in' in verified.stderr
         resumed = finished(*options)
         assert resumed.returncode == 0, resumed.stderr
@@ -83,15 +83,15 @@ def prepared(archives, tmp_path_factory) -> Path:
 
 
 def test_the_resumed_preparation_is_that_of_an_undisturbed_one(prepared, archives, tmp_path):
-    options = ['imagenet', '--archives_dir', archives, '--sources', archives / 'sources.json']
-    undisturbed = finished(*options, '--data_dir', tmp_path, '--workers', 1)
+    options = ['--archives_dir', archives, '--sources', archives / 'sources.json']
+    undisturbed = finished('prepare', 'imagenet', tmp_path, *options, '--workers', 1)
     assert undisturbed.returncode == 0, undisturbed.stderr
     manifests = [d / 'imagenet2012/5.1.0/manifest.json' for d in (prepared, tmp_path)]
     first, second = (json.loads(path.read_text()) for path in manifests)
     assert first == second
     assert first['train']['examples'] == 150 * COPIES + 2
     verified = finished(
-        'verify', 'imagenet2012', '--full', '--data_dir', prepared, '--manifest', manifests[1]
+        'verify', 'imagenet2012', prepared, '--full', '--manifest', manifests[1]
     )
     assert verified.returncode == 0, verified.stderr
     assert '752 train, 50 validation' in verified.stdout
@@ -120,18 +120,17 @@ def test_resnet50_trains_on_the_prepared_records(prepared):
 def test_a_broken_record_stops_training_by_its_name(prepared, tmp_path):
     import shutil
 
-    from data_preparation.manifest import Record
     from input_pipeline import Share
     from tests.data_preparation.test_verify import edit_shard, replace_image
     from workloads.resnet import images
-    from workloads.resnet.records import find_dataset
+    from workloads.resnet.records import find_dataset, parse
 
     directory = tmp_path / 'imagenet2012' / '5.1.0'
     shutil.copytree(prepared / 'imagenet2012' / '5.1.0', directory)
     broken = []
 
     def cut(records):
-        broken.append(Record.parse(records[2]).name.decode())
+        broken.append(parse(records[2]).name.decode())
         return [*records[:2], replace_image(records[2], lambda i: i[: len(i) // 2]), *records[3:]]
 
     shard = sorted(directory.glob('*-train.*'))[7]
@@ -144,6 +143,6 @@ def test_a_broken_record_stops_training_by_its_name(prepared, tmp_path):
             pass
     assert shard.name in str(caught.value)
     assert 'position' in str(caught.value)
-    verified = finished('verify', 'imagenet2012', '--full', '--data_dir', tmp_path)
+    verified = finished('verify', 'imagenet2012', tmp_path, '--full')
     assert verified.returncode == 2
     assert f'record 2 of {shard.name} ({broken[0]}): truncated JPEG' in verified.stderr

@@ -1,38 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepared data sets: where they are, and the encoded examples in them, by index.
 
-`find_dataset` reads metadata alone. `Records` opens the shards at its first access, and hands over
-the bytes as they were stored; TFDS knows where the shards are, ArrayRecord reads them.
+`find_dataset` reads metadata alone. `Records` opens the shards at its first access, and returns the
+bytes as they were stored. TFDS knows where the shards are; ArrayRecord reads them.
 """
 
 import dataclasses
-import json
 import os
 import re
 import shlex
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-# Here, and not where they are used: threads that read the first records at the same time would
-# import them at the same time, and TFDS's lazy imports can then wait for each other for ever.
+# Imported here, not where they are used: if several threads import TFDS's lazy modules at the same
+# time, they can wait for each other forever.
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
 
+from settings import json_object
+from settings.errors import DataError, DatasetError
+from workloads.resnet.datasets import EVAL_SPLIT
+
 SCRIPTS = Path(__file__).resolve().parents[2] / 'scripts'
-# Reading a shard's footer is waiting for the disk, in most of its time.
-THREADS = 16
-EVAL_SPLIT = {'digits': 'test', 'cifar10': 'test', 'imagenet2012': 'validation'}
-
-
-class DatasetError(RuntimeError):
-    """A data set that is missing or incomplete; the text says what to do."""
-
-
-class DataError(RuntimeError):
-    """A record that cannot be used; the text names it."""
+THREADS = 16  # that open shards, which is mostly waiting for the disk
+IDENTIFIERS = ('file_name', 'id')  # features that name a record; ImageNet has the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,23 +46,49 @@ class Dataset:
     image_size: int | None = None
 
 
-def _command(script: str, name: str, data_dir: str | Path, *options: str) -> str:
-    """A command for a shell in any folder."""
+class Record(NamedTuple):
+    """One example as stored: its identifier (empty where it has none), label and encoded image."""
+
+    name: bytes
+    label: int
+    image: bytes
+
+
+def parse(serialized: bytes) -> Record:
+    """Reads a serialized `tf.train.Example`, which is faster than TFDS's own decoding.
+
+    Raises:
+      ValueError: it is none, or has no image or no label.
+    """
+    try:
+        features = tf_example_pb2.Example.FromString(serialized).features.feature
+        label = features['label'].int64_list.value[0]
+        image = features['image'].bytes_list.value[0]
+        names = [features[key].bytes_list.value[0] for key in IDENTIFIERS if key in features]
+    except Exception as error:  # protobuf's own class of errors is not public
+        raise ValueError('it is no tf.train.Example with an image and a label') from error
+    return Record(b''.join(names), label, image)
+
+
+def check_label(label: int, num_classes: int) -> None:
+    """Raises ValueError for the label of no class."""
+    if not 0 <= label < num_classes:
+        raise ValueError(f'its label {label} is not in 0..{num_classes - 1}')
+
+
+def command(script: str, name: str, data_dir: str | Path, *options: str) -> str:
+    """The command of a script for a data set, to be pasted into a shell in any folder."""
     root = os.path.abspath(os.path.expanduser(data_dir))
     return shlex.join([str(SCRIPTS / script), name, root, *options])
-
-
-def _advice(name: str, data_dir: str | Path) -> str:
-    return f'prepare it with: {_command("download_dataset.sh", name, data_dir)}'
 
 
 def newest_version(name: str, data_dir: str | Path) -> Path:
     """The folder …/NAME/VERSION or …/NAME/CONFIG/VERSION of a prepared data set.
 
-    Folders whose name is no version, such as 1.0.0.bak, are passed over.
+    Folders whose name is no version, such as 1.0.0.bak, are ignored.
 
     Raises:
-      DatasetError: when there is none.
+      DatasetError: there is none.
     """
     try:
         root = Path(data_dir).expanduser() / name
@@ -81,117 +101,141 @@ def newest_version(name: str, data_dir: str | Path) -> Path:
     except (RuntimeError, ValueError, OSError) as error:  # no such user, NUL, too long a name
         raise DatasetError(f'data_dir={str(data_dir)!r} is not usable: {error}') from error
     if not found:
-        raise DatasetError(f'the data set {name} is not in {root}; {_advice(name, data_dir)}')
+        prepare = command('download_dataset.sh', name, data_dir)
+        raise DatasetError(f'the data set {name} is not in {root}; prepare it with: {prepare}')
     return max(found, key=lambda path: tuple(map(int, path.name.split('.'))))
+
+
+class Metadata(NamedTuple):
+    """What the files beside the shards say.
+
+    `image_size` is (height, width) in pixels, None where images differ; `shards` has the (file,
+    number of records) of each shard by split.
+    """
+
+    encoding: str
+    label_names: list[str]
+    image_size: tuple[int | None, int | None]
+    shards: dict[str, list[tuple[Path, int]]]
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Reads `dataset_info.json`, `features.json` and the label names; ValueError if unusable."""
+    try:
+        info = tfds.builder_from_directory(directory).info
+        image, label = info.features['image'], info.features['label']
+        height, width, _ = image.shape
+        shards = {
+            split: [
+                (Path(path), length)
+                for path, length in zip(of_split.filepaths, of_split.shard_lengths, strict=True)
+            ]
+            for split, of_split in info.splits.items()
+        }
+        names = label.names if label.num_classes else []
+        metadata = Metadata(image.encoding_format or 'png', names, (height, width), shards)
+    except Exception as error:  # TFDS and protobuf raise anything, their own errors included
+        reason = (str(error).splitlines() or [''])[0]
+        raise ValueError(
+            f'dataset_info.json or features.json is damaged: {type(error).__name__}: {reason}'
+        ) from error
+    if not names:
+        raise ValueError('the metadata names no classes: label.labels.txt is missing or empty')
+    if str(info.version) != directory.name:
+        raise ValueError(f'dataset_info.json is damaged: it has version {info.version}')
+    outside = [p for of_split in shards.values() for p, _ in of_split if p.parent != directory]
+    if outside:
+        raise ValueError(f'dataset_info.json is damaged: it has a shard {outside[0]}')
+    return metadata
 
 
 def find_dataset(name: str, data_dir: str) -> Dataset:
     """Finds a prepared data set and checks that its files are there.
 
     Raises:
-      DatasetError: when it is missing or incomplete.
+      DatasetError: it is missing or incomplete.
     """
-    directory, advice = newest_version(name, data_dir), f'; {_advice(name, data_dir)}'
+    directory = newest_version(name, data_dir)
+    advice = f'prepare it with: {command("download_dataset.sh", name, data_dir)}'
+    splits = ('train', EVAL_SPLIT[name])
     try:
-        builder = tfds.builder_from_directory(directory)
-        train, evaluation = (builder.info.splits[s] for s in ('train', EVAL_SPLIT[name]))
-        num_classes = builder.info.features['label'].num_classes
-        height, width, _ = builder.info.features['image'].shape
-        if not (num_classes and train.num_examples and evaluation.num_examples):
-            raise ValueError('no examples or no classes')
-        expected = [Path(p) for split in (train, evaluation) for p in split.filepaths]
-    except Exception as error:
+        metadata = read_metadata(directory)
+        counts = [sum(n for _, n in metadata.shards.get(split, [])) for split in splits]
+        if not all(counts):
+            raise ValueError(f'no examples in {splits[counts.index(0)]}')
+    except ValueError as error:
         raise DatasetError(
-            f'the metadata in {directory} cannot be used ({error}){advice}'
+            f'the metadata in {directory} cannot be used ({error}); {advice}'
         ) from error
-    missing = [p.name for p in expected if not p.is_file() or p.stat().st_size == 0]
-    if missing or not expected:
+    expected = [path for split in splits for path, _ in metadata.shards[split]]
+    missing = [path.name for path in expected if not path.is_file() or path.stat().st_size == 0]
+    if missing:
         raise DatasetError(
             f'the data set in {directory} is incomplete: {len(missing)} of {len(expected)} shards '
-            f'are missing or empty, the first is {missing[0] if missing else "unknown"}{advice}'
+            f'are missing or empty, the first is {missing[0]}; {advice}'
         )
-    recorded = _manifest(directory)
-    for split in (train, evaluation):
-        examples = recorded.get(split.name, {}).get('examples')
-        if isinstance(examples, int) and examples != split.num_examples:
+    try:
+        manifest = json_object.read(directory / 'manifest.json')
+    except ValueError:  # It is written when the data is first verified.
+        manifest = {}
+    recorded = [facts if isinstance(facts := manifest.get(s), dict) else {} for s in splits]
+    for split, count, facts in zip(splits, counts, recorded, strict=True):
+        if isinstance(facts.get('examples'), int) and facts['examples'] != count:
             raise DatasetError(
-                f'the metadata in {directory} has {split.num_examples} examples for {split.name}, '
-                f'its manifest.json {examples}; check it with: '
-                f'{_command("verify_dataset.sh", name, data_dir)}'
+                f'the metadata in {directory} has {count} examples for {split}, its manifest.json '
+                f'{facts["examples"]}; check it with: '
+                f'{command("verify_dataset.sh", name, data_dir)}'
             )
+    digests = [str(facts.get('digest')) for facts in recorded]
+    is_known = all(re.fullmatch('[0-9a-f]{64}', digest) for digest in digests)
+    height, width = metadata.image_size
     return Dataset(
         name=name,
         directory=str(directory),
-        num_train=train.num_examples,
-        num_eval=evaluation.num_examples,
-        num_classes=num_classes,
-        digest=_digest(recorded, EVAL_SPLIT[name]),
+        num_train=counts[0],
+        num_eval=counts[1],
+        num_classes=len(metadata.label_names),
+        digest='-'.join(digest[:16] for digest in digests) if is_known else None,
         image_size=height if height == width else None,
     )
 
 
-def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """What was recorded of each split when the data was last verified; empty before."""
-    try:
-        recorded = json.loads((directory / 'manifest.json').read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(recorded, dict):
-        return {}
-    return {name: facts for name, facts in recorded.items() if isinstance(facts, dict)}
-
-
-def _digest(recorded: dict[str, dict[str, Any]], eval_split: str) -> str | None:
-    """The recorded digest of the content, where there is one."""
-    digests = [str(recorded.get(split, {}).get('digest')) for split in ('train', eval_split)]
-    if not all(re.fullmatch('[0-9a-f]{64}', digest) for digest in digests):
-        return None
-    return '-'.join(digest[:16] for digest in digests)
-
-
 class Records:
-    """Random access to the (encoded image, label) pairs of a split; opened at the first access.
-
-    Only the two features that training needs are taken from a record, from the protobuf itself:
-    decoding all of them with TFDS would cost more than the crop and the resizing.
-    """
+    """Random access to the (encoded image, label) pairs of a split; opened at the first access."""
 
     def __init__(self, dataset: Dataset, split: str):
         self._dataset, self._split = dataset, split
         self._lock = threading.Lock()
         self._source: Any = None
 
-    def __getstate__(self):
-        return {'dataset': self._dataset, 'split': self._split}
+    def __reduce__(self):  # Each process opens the shards itself.
+        return Records, (self._dataset, self._split)
 
-    def __setstate__(self, state):
-        self._dataset, self._split = state['dataset'], state['split']
-        self._lock, self._source = threading.Lock(), None
-
-    def _features(self, index: int):
-        """The record's features, a mapping to `tf.train.Feature`."""
+    def _read(self, index: int) -> Record:
         with self._lock:
             self._source = self._source or self._open()
-        return tf_example_pb2.Example.FromString(self._source[index]).features.feature
+        return parse(self._source[index])
+
+    def _shards(self) -> list[tuple[Path, int]]:
+        return read_metadata(Path(self._dataset.directory)).shards[self._split]
 
     def _open(self):
         """Checks each shard's number of records, and returns TFDS's source of serialized ones."""
 
-        def count(path: str) -> int:
+        def check(shard: tuple[Path, int]) -> None:
+            path, length = shard
             try:
-                return ArrayRecordReader(str(path), 'readahead_buffer_size:0').num_records()
+                found = ArrayRecordReader(str(path), 'readahead_buffer_size:0').num_records()
             except Exception as error:  # array_record's own
                 raise DataError(f'{path} cannot be read: {error}; {self.remedy}') from error
-
-        builder = tfds.builder_from_directory(self._dataset.directory)
-        split = builder.info.splits[self._split]
-        with ThreadPoolExecutor(THREADS) as pool:
-            counts = list(pool.map(count, split.filepaths))
-        for path, length, found in zip(split.filepaths, split.shard_lengths, counts, strict=True):
             if found != length:
                 raise DataError(
                     f'{path} has {found} records, the metadata says {length}; {self.remedy}'
                 )
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(check, self._shards()))
+        builder = tfds.builder_from_directory(self._dataset.directory)
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         return builder.as_data_source(self._split, deserialize_method=raw)
 
@@ -199,36 +243,30 @@ class Records:
         """Returns an example's encoded image and label.
 
         Raises:
-          ValueError: it is not there, or the label is of no class.
+          ValueError: it cannot be read, or its label is of no class.
           DataError: a shard is damaged or is not the metadata's; at the first access.
         """
-        features = self._features(index)
-        images, labels = features['image'].bytes_list.value, features['label'].int64_list.value
-        if not (images and labels):
-            raise ValueError('it has no image or no label')
-        if not 0 <= labels[0] < self._dataset.num_classes:
-            raise ValueError(f'its label {labels[0]} is not in 0..{self._dataset.num_classes - 1}')
-        return images[0], labels[0]
+        record = self._read(index)
+        check_label(record.label, self._dataset.num_classes)
+        return record.image, record.label
 
     @property
     def remedy(self) -> str:
         """What to do about records that cannot be used."""
         directory, name = Path(self._dataset.directory), self._dataset.name
         data_dir = next(p for p in directory.parents if p.name == name).parent
-        command = _command('verify_dataset.sh', name, data_dir, '--full')
-        return f'find all that is damaged with: {command}'
+        verify = command('verify_dataset.sh', name, data_dir, '--full')
+        return f'find all that is damaged with: {verify}'
 
     def name(self, index: int) -> str:
-        """What a person needs to find the record: its number, shard and identifier."""
-        split = tfds.builder_from_directory(self._dataset.directory).info.splits[self._split]
-        number, shard = index, 0
-        while number >= split.shard_lengths[shard]:
-            number -= split.shard_lengths[shard]
-            shard += 1
+        """How to find the record: its number, shard and identifier."""
+        shards, number = iter(self._shards()), index
+        path, length = next(shards)
+        while number >= length:
+            number -= length
+            path, length = next(shards)
         try:
-            features = self._features(index)
-            names = [features[k].bytes_list.value[0] for k in ('file_name', 'id') if k in features]
-            identifier = f' ({names[0].decode()})' if names else ''
-        except Exception:  # it may be just what cannot be read
-            identifier = ''
-        return f'record {number} of {split.filepaths[shard]}{identifier}'
+            name = self._read(index).name.decode()
+        except Exception:  # It may be just what cannot be read.
+            name = ''
+        return f'record {number} of {path}' + (f' ({name})' if name else '')

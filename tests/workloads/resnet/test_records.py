@@ -14,10 +14,11 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from input_pipeline import Pipeline, Share
-from settings.hyperparameters import ConfigError
+from input_pipeline import Share
+from settings.errors import ConfigError, DataError, DatasetError
 from tests.harness import resolve
-from workloads.resnet.records import DataError, DatasetError, Records, find_dataset, newest_version
+from workloads.resnet import images
+from workloads.resnet.records import Records, find_dataset, newest_version
 
 
 @pytest.fixture
@@ -55,7 +56,8 @@ def commands_in(message: str) -> list[list[str]]:
 def test_a_label_of_no_class_stops_training_and_evaluation(folder, label):
     set_label(folder, 'train', 5, label)
     set_label(folder, 'test', 7, label)
-    pipeline = Pipeline(find(folder), resolve('digits', folder.parents[1]), 5, Share(0, 479, 479))
+    config = resolve('digits', folder.parents[1])
+    pipeline = images.pipeline(find(folder), config, 5, Share(0, 479, 479))
     named = rf'record {{}} of .*digits-{{}}.*its label {label} is not in 0\.\.9'
     with pytest.raises(DataError, match=named.format(5, 'train')):
         list(pipeline.train(0, 3))
@@ -157,7 +159,7 @@ def test_damage_is_named_or_harmless(folder, seed):
     path.write_bytes(content)
     try:
         config = resolve('digits', folder.parents[1])
-        pipeline = Pipeline(find(folder), config, 5, Share(0, 479, 479))
+        pipeline = images.pipeline(find(folder), config, 5, Share(0, 479, 479))
         outcome = f'{len([*pipeline.train(0, 3), *pipeline.evaluation()])} batches of digits'
     except (DatasetError, DataError, ConfigError) as error:
         outcome = str(error)
