@@ -9,13 +9,12 @@ GPUs the run is rejected. Lines that they print are prefixed with their number. 
 are passed on to all. When a process fails, the others have a moment to end by themselves, then get
 SIGTERM, then SIGKILL, so nothing is left behind; should this program itself be killed, the system
 sends them SIGTERM. The exit status is that of the first process that failed (main.py says what it
-means; 3 for one that was killed, 75 for one that ended itself because the run hung, so that it is
-resumed), else the highest.
+means; 3 for one that a signal ended, but 75 for SIGALRM: the run hung, and can be resumed), else
+the highest.
 """
 
 import argparse
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -25,9 +24,10 @@ import threading
 import time
 from collections.abc import Mapping
 
-FAILED, INTERRUPTED = 3, 75  # As in main.py.
-NO_FAILURE = {0, 1, 75}  # Reached, missed, interrupted and saved: the others are about to follow.
-PR_SET_PDEATHSIG = 1  # prctl(2)
+from scripts import end_with_parent
+from settings.errors import FAILED, INTERRUPTED, MISSED, REACHED, REJECTED
+
+NO_FAILURE = {REACHED, MISSED, INTERRUPTED}  # The others are about to follow.
 
 
 def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -73,12 +73,6 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def end_with_parent() -> None:
-    """In a new process: SIGTERM when the one that started it dies (Linux; elsewhere nothing)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 class Processes:
     """The processes of a run.
 
@@ -87,29 +81,24 @@ class Processes:
     """
 
     def __init__(self, command: list[str], environments: list[dict[str, str]]):
-        several = len(environments) > 1
         address = f'127.0.0.1:{free_port()}'
-        self._processes = []
-        for i, environment in enumerate(environments):
-            place = [f'--coordinator={address}', f'--num_processes={len(environments)}',
-                     f'--process_id={i}']  # fmt: skip
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, *command, *(place if several else [])],
-                    env={
-                        **os.environ,
-                        **environment,
-                        # Else JAX listens on all of the machine's addresses.
-                        'JAX_COORDINATOR_BIND_ADDRESS': address,
-                        'PYTHONUNBUFFERED': '1',
-                    },
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=end_with_parent,
-                )
+        # Else JAX listens on all of the machine's addresses.
+        common = {'JAX_COORDINATOR_BIND_ADDRESS': address, 'PYTHONUNBUFFERED': '1'}
+        place = [f'--coordinator={address}', f'--num_processes={len(environments)}']
+        self._processes = [
+            subprocess.Popen(
+                end_with_parent.wrap(
+                    [sys.executable, *command]
+                    + ([*place, f'--process_id={i}'] if len(environments) > 1 else [])
+                ),
+                env=os.environ | environment | common,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
+            for i, environment in enumerate(environments)
+        ]
         width = len(str(len(environments) - 1))
         self._printers = [
             threading.Thread(target=self._print, args=(f'[{i:{width}}] ', process), daemon=True)
@@ -208,7 +197,7 @@ def main(arguments: list[str]) -> int:
         each = environments(flags, os.environ)
     except ValueError as error:
         print(f'error: {error}', file=sys.stderr)
-        return 2
+        return REJECTED
     asked: list[int] = []
     processes: Processes | None = None
 
