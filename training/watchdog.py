@@ -14,9 +14,7 @@ import os
 import signal
 import sys
 import threading
-import traceback
 
-TICK_SECONDS = 1.0
 DEBUGGERS = ('bdb', 'pdb', 'pydevd', 'debugpy', '_pydevd_bundle')
 
 
@@ -27,10 +25,12 @@ class Watchdog:
       seconds: the time without a `beat` after which the process is ended; None: never. Time in
         which the process itself is stopped (SIGSTOP, Ctrl-Z), or its main thread is in a debugger,
         does not count.
+      tick_seconds: how often it looks.
     """
 
-    def __init__(self, seconds: float | None):
+    def __init__(self, seconds: float | None, tick_seconds: float = 1.0):
         self._seconds = math.inf if seconds is None else seconds
+        self._tick_seconds = tick_seconds
         self._doing = 'starting'
         self._idle = 0.0
         self._stopped = threading.Event()
@@ -52,11 +52,11 @@ class Watchdog:
 
     def _watch(self, watched: int) -> None:
         # Own ticks are counted, not the clock: while the process is stopped there are none.
-        while not self._stopped.wait(TICK_SECONDS):
+        while not self._stopped.wait(self._tick_seconds):
             if _in_debugger(watched):
-                self._idle = 0.0  # Who leaves it has the whole time again.
+                self._idle = 0.0  # After it, the run has the whole time again.
                 continue
-            self._idle += TICK_SECONDS
+            self._idle += self._tick_seconds
             if self._idle >= self._seconds:
                 self._end()
 
@@ -75,12 +75,11 @@ class Watchdog:
 def _in_debugger(thread: int) -> bool:
     """Whether a debugger's code is on a thread's stack, or traces the process (gdb, strace)."""
     frame = sys._current_frames().get(thread)
-    modules = {f.f_globals.get('__name__', '').partition('.')[0] for f, _ in _walk(frame)}
-    return bool(modules & set(DEBUGGERS)) or _traced()
-
-
-def _walk(frame):
-    return traceback.walk_stack(frame) if frame is not None else ()
+    while frame:
+        if frame.f_globals.get('__name__', '').partition('.')[0] in DEBUGGERS:
+            return True
+        frame = frame.f_back
+    return _traced()
 
 
 def _traced() -> bool:
