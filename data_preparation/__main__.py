@@ -15,7 +15,7 @@ from settings.errors import REJECTED, RejectedError
 from workloads.resnet.datasets import ALIASES, EVAL_SPLIT
 
 DATA_DIR = Path(__file__).resolve().parents[1] / 'data'
-EPILOG = 'Exit status: 0 done, 2 an error, which says what to do, 130 stopped by Ctrl-C.'
+STATUS = 'Exit status: 0 done, 2 an error, which says what to do, 130 stopped by Ctrl-C.'
 
 
 def absolute(text: str) -> Path:
@@ -33,66 +33,59 @@ def positive(text: str) -> int:
     return int(text)
 
 
+# fmt: off
+OPTIONS: dict[str, dict] = {
+    '--from': {'dest': 'source', 'metavar': 'PATH', 'type': absolute,
+               'help': 'a folder train|test/CLASS/*.jpg, or a tar of one, instead of the download'},
+    '--archives_dir': {'metavar': 'PATH', 'type': absolute,
+                       'help': 'the folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar '
+                               '(default: DIR/downloads/manual); ImageNet requires registration, '
+                               'see docs/data.md'},
+    '--url': {'help': 'download missing archives from this folder, with the name and password in '
+                      'IMAGENET_USER and IMAGENET_PASSWORD if the server asks for them'},
+    '--sources': {'metavar': 'FILE', 'type': absolute,
+                  'help': 'JSON with sizes and checksums of other archives of this structure'},
+    '--full': {'action': 'store_true', 'help': 'decode every image, not only its header'},
+    '--manifest': {'metavar': 'FILE', 'type': absolute,
+                   'help': 'compare with this manifest instead of the published one'},
+    '--workers': {'metavar': 'N', 'type': positive, 'default': len(os.sched_getaffinity(0)),
+                  'help': 'threads (default: one per core)'},
+}
+# fmt: on
+
+
+def _add_options(parser: argparse.ArgumentParser, *options: str) -> None:
+    help_text = 'the root of all data (default: data in the repository)'
+    parser.add_argument(
+        'data_dir', metavar='DIR', nargs='?', type=absolute, default=DATA_DIR, help=help_text
+    )
+    for option in options:
+        parser.add_argument(option, **OPTIONS[option])
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line's arguments; `command` and `name` say what is to be done."""
-    parser = argparse.ArgumentParser(prog='python -m data_preparation', epilog=EPILOG)
+    parser = argparse.ArgumentParser(prog='python -m data_preparation', epilog=STATUS)
     commands = parser.add_subparsers(dest='command', required=True)
-    add = functools.partial(commands.add_parser, allow_abbrev=False, epilog=EPILOG)
-    prepare = add(
-        'prepare',
-        prog='scripts/download_dataset.sh',
-        description='Downloads and prepares a dataset as DIR/NAME/VERSION; does nothing if it is '
-        'there, and resumes what was interrupted.',
-    )
-    verify = add(
-        'verify',
-        prog='scripts/verify_dataset.sh',
-        description='Checks a prepared dataset against its metadata and its manifest, and names '
-        'every error.',
-    )
-    datasets = prepare.add_subparsers(dest='name', required=True, metavar='NAME')
-    add = functools.partial(datasets.add_parser, allow_abbrev=False, epilog=EPILOG)
-    digits = add('digits', help='the digits that scikit-learn carries')
-    cifar10 = add('cifar10', help='CIFAR-10')
-    imagenet = add('imagenet2012', aliases=['imagenet'], help='ILSVRC2012')
+    add = functools.partial(commands.add_parser, allow_abbrev=False, epilog=STATUS)
+    about = 'Downloads and prepares a dataset as DIR/NAME/VERSION, if it is not there; resumes.'
+    prepare = add('prepare', prog='scripts/download_dataset.sh', description=about)
+    about = 'Checks a prepared dataset against metadata and manifest, and names every error.'
+    verify = add('verify', prog='scripts/verify_dataset.sh', description=about)
 
-    verify.add_argument(
-        'name', metavar='NAME', type=lambda name: ALIASES.get(name, name), choices=EVAL_SPLIT,
-        help=', '.join([*EVAL_SPLIT, *ALIASES]),
-    )  # fmt: skip
-    for command in (digits, cifar10, imagenet, verify):
-        command.add_argument(
-            'data_dir', metavar='DIR', type=absolute, nargs='?', default=DATA_DIR,
-            help='the root of all data (default: data in the repository)',
-        )  # fmt: skip
-    cifar10.add_argument(
-        '--from', dest='source', metavar='PATH', type=absolute,
-        help='a folder train|test/CLASS/*.jpg, or a tar of one, instead of the download',
-    )  # fmt: skip
-    imagenet.add_argument(
-        '--archives_dir', metavar='PATH', type=absolute,
-        help='the folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (default: '
-        'DIR/downloads/manual); ImageNet requires registration, see docs/data.md',
-    )  # fmt: skip
-    imagenet.add_argument(
-        '--url', help='download the archives that are missing from this folder, with the name and '
-        'password in IMAGENET_USER and IMAGENET_PASSWORD if the server asks for them',
-    )  # fmt: skip
-    imagenet.add_argument(
-        '--sources', metavar='FILE', type=absolute,
-        help='JSON with sizes and checksums of other archives of this structure',
-    )  # fmt: skip
-    verify.add_argument('--full', action='store_true', help='decode every image, not its header')
-    verify.add_argument(
-        '--manifest', metavar='FILE', type=absolute,
-        help='compare with this manifest instead of the published one',
-    )  # fmt: skip
-    for command in (imagenet, verify):
-        command.add_argument(
-            '--workers', metavar='N', type=positive, default=len(os.sched_getaffinity(0)),
-            help='threads (default: one per core)',
-        )  # fmt: skip
-    return parser.parse_args()
+    names = prepare.add_subparsers(dest='name', required=True, metavar='NAME')
+    add = functools.partial(names.add_parser, allow_abbrev=False, epilog=STATUS)
+    _add_options(add('digits', help='the digits that scikit-learn carries'))
+    _add_options(add('cifar10', help='CIFAR-10'), '--from')
+    imagenet = add('imagenet2012', aliases=['imagenet'], help='ILSVRC2012')
+    _add_options(imagenet, '--archives_dir', '--url', '--sources', '--workers')
+
+    known = {name: name for name in EVAL_SPLIT} | ALIASES
+    verify.add_argument('name', metavar='NAME', choices=known, help=', '.join(known))
+    _add_options(verify, '--full', '--manifest', '--workers')
+    arguments = parser.parse_args()
+    arguments.name = known[arguments.name]
+    return arguments
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -100,16 +93,15 @@ def run(arguments: argparse.Namespace) -> str:
     from data_preparation import cifar10, digits, imagenet, imagenet_archives, manifest
     from data_preparation.verify import verify
 
-    name, data_dir = ALIASES.get(arguments.name, arguments.name), arguments.data_dir
+    name, data_dir = arguments.name, arguments.data_dir
     if arguments.command == 'verify':
-        return verify(
-            name,
-            data_dir,
-            full=arguments.full,
-            manifest_file=arguments.manifest,
-            workers=arguments.workers,
-        )
-    if name == 'imagenet2012':
+        full, workers = arguments.full, arguments.workers
+        return verify(name, data_dir, full=full, manifest_file=arguments.manifest, workers=workers)
+    if name == 'digits':
+        directory = digits.prepare(data_dir)
+    elif name == 'cifar10':
+        directory = cifar10.prepare(data_dir, arguments.source)
+    else:
         sources = imagenet_archives.OFFICIAL
         if arguments.sources:
             sources = imagenet_archives.read_sources(arguments.sources)
@@ -117,10 +109,6 @@ def run(arguments: argparse.Namespace) -> str:
         if arguments.url:
             imagenet_archives.fetch(arguments.url, archives_dir, sources)
         directory = imagenet.prepare(data_dir, archives_dir, sources, arguments.workers)
-    elif name == 'cifar10':
-        directory = cifar10.prepare(data_dir, arguments.source)
-    else:
-        directory = digits.prepare(data_dir)
     if not (directory / manifest.FILE_NAME).exists():  # Runs record the digest in it.
         verify(name, data_dir, full=False, manifest_file=None, workers=1)
     return f'prepared: {directory}'

@@ -8,7 +8,6 @@ import hashlib
 import http.client
 import os
 import re
-import shlex
 import time
 import urllib.error
 import urllib.parse
@@ -43,11 +42,9 @@ def redacted(url: str) -> str:
 
 
 def check_url(url: str) -> None:
-    """Checks an address before it is used.
+    """Raises ValueError unless it is an http or https URL without a user name and password.
 
-    Raises:
-        ValueError: it is not an http or https URL, or has a password in it, which other users of
-            the machine could see.
+    Other users of the machine could see a password.
     """
     try:
         parts = urllib.parse.urlsplit(url)
@@ -66,16 +63,9 @@ def download(
 ) -> None:
     """Fetches `url` to `path`, resuming where an earlier attempt stopped.
 
-    The bytes are collected in `path` + '.part', which gets its final name once it has all of them.
-    A connection that breaks is opened again as long as every few attempts bring something. Name and
-    password go to the host of `url` alone, never to where it redirects.
-
-    Args:
-        url: an address that `check_url` accepts.
-        path: where the file goes.
-        size: the published size in bytes; None takes the one that the server states.
-        user: a name for the server, if it asks for one.
-        password: that of the user.
+    The bytes are collected in `path` + '.part'. A connection that breaks is opened again as long as
+    every few attempts bring something. `size` is the published one in bytes; None takes what the
+    server states. User and password go to the host of `url` alone, never to where it redirects.
 
     Raises:
         ValueError: the server sends an error or a file of another size, or stops answering.
@@ -108,17 +98,16 @@ def download(
     if have != size:
         raise ValueError(
             f'{part} has {have:,} bytes, the published file {size:,}: it is another file. '
-            f'Delete it: rm {shlex.quote(str(part))}'
+            f'{files.remedy(part)}'
         )
     os.replace(part, path)
 
 
 @contextlib.contextmanager
 def _network_errors(url: str) -> Iterator[None]:
-    """Turns what the network raises into ConnectionError, and what the server says into ValueError.
+    """Makes what may be gone at the next attempt a ConnectionError, and the rest a ValueError.
 
-    Of the two, only a ConnectionError may be gone at the next attempt. The text of a ValueError
-    names the URL.
+    The text of a ValueError names the URL.
     """
     try:
         yield
@@ -142,11 +131,7 @@ def _one_line(said: object) -> str:
 def _fetch_rest(
     request: urllib.request.Request, part: Path, have: int, size: int | None, bar: tqdm
 ) -> int:
-    """Appends to `part` what one connection brings of the bytes it does not have.
-
-    Returns:
-        The size of the whole file.
-    """
+    """Appends to `part` the bytes that one connection brings; returns the whole file's size."""
     url = request.full_url
     request.add_header('Range', f'bytes={have}-')
     with _network_errors(url):
@@ -167,7 +152,7 @@ def _fetch_rest(
                 if have > size:
                     raise ValueError(
                         f'{redacted(url)}: the server sends more than the published {size:,} '
-                        f'bytes: it is another file. Delete it: rm {shlex.quote(str(part))}'
+                        f'bytes: it is another file. {files.remedy(part)}'
                     )
                 file.write(chunk)
                 file.flush()  # A program that is killed has lost nothing then.
@@ -185,18 +170,14 @@ def _first_byte_and_size(
     announced = response.headers.get(header, '')
     found = re.fullmatch(form, announced, re.ASCII)
     if not found:
+        reason = f'asked for the bytes from {have:,} on, the server sends {header} '
+        raise ValueError(f'{redacted(url)}: {reason}{announced[:200]!r}')
+    stated = int(found[1]) if found[1].isdecimal() else size
+    if size not in (None, stated):
         raise ValueError(
-            f'{redacted(url)}: asked for the bytes from {have:,} on, the server sends {header} '
-            f'{announced[:200]!r}'
+            f'{redacted(url)}: the file there has {stated} bytes, the published one {size}'
         )
-    stated = int(found[1]) if found[1].isdecimal() else None
-    if size is not None:
-        if stated not in (None, size):
-            raise ValueError(
-                f'{redacted(url)}: the file there has {stated} bytes, the published one {size}'
-            )
-        return have, size
-    if stated is None or not 0 < stated <= MAX_UNPUBLISHED_BYTES:
+    if stated is None or (size is None and not 0 < stated <= MAX_UNPUBLISHED_BYTES):
         raise ValueError(
             f'{redacted(url)}: the server says {header} {announced!r}; it must be 1 to '
             f'{MAX_UNPUBLISHED_BYTES:,} bytes'
@@ -216,13 +197,12 @@ def check(path: Path, archive: Archive, memory: Path) -> None:
     """
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing')
-    again = f'Delete it and get it again: rm {shlex.quote(str(path))}'
     status = path.stat()
     if status.st_size != archive.size:
         what = 'is truncated' if status.st_size < archive.size else 'is another file'
         raise ValueError(
             f'{path} {what}: it has {status.st_size:,} bytes, published are {archive.size:,}. '
-            f'{again}'
+            f'{files.remedy(path)}'
         )
     try:
         found_good = files.read_json(memory)
@@ -239,6 +219,6 @@ def check(path: Path, archive: Archive, memory: Path) -> None:
     if digest.hexdigest() != archive.sha256:
         raise ValueError(
             f'{path} is damaged: its SHA-256 is {digest.hexdigest()}, published is '
-            f'{archive.sha256}. {again}'
+            f'{archive.sha256}. {files.remedy(path)}'
         )
     files.write_json(memory, found_good | {str(path): state})

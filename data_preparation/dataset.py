@@ -63,21 +63,13 @@ def prepare(
     read: Callable[[], Splits],
     image: tfds.features.Image,
     label: tfds.features.ClassLabel,
-    **facts: str,
+    **about: str,
 ) -> Path:
     """Writes `data_dir`/`name`/`version` and returns it; returns at once when it is there.
 
     TFDS writes into a folder of another name and renames it at the end, so that a folder of the
-    right name is complete.
-
-    Args:
-        name: of the dataset.
-        version: of the dataset.
-        data_dir: the root of all data.
-        read: gives the examples, when they are needed.
-        image: the feature of that name.
-        label: the feature of that name.
-        facts: description and homepage.
+    right name is complete. `read` is called when the examples are needed; `image` and `label` are
+    their features beside `id`; `about` has a description and a homepage.
 
     Raises:
         DatasetError: there is something else.
@@ -86,15 +78,13 @@ def prepare(
     directory = data_dir / name / version
     if is_prepared(name, data_dir, version):
         return directory
-    features = {'id': tfds.features.Text(), 'image': image, 'label': label}
-    about = facts | {
-        'features': tfds.features.FeaturesDict(features),
-        'supervised_keys': ('image', 'label'),
-    }
+    text = tfds.features.Text()
+    features = tfds.features.FeaturesDict({'id': text, 'image': image, 'label': label})
+    facts = {'features': features, 'supervised_keys': ('image', 'label'), **about}
     splits = read()
     tfds.disable_progress_bar()
     try:
-        _Builder(name, version, splits, about, data_dir).download_and_prepare()
+        _Builder(name, version, splits, facts, data_dir).download_and_prepare()
     except RuntimeError as error:  # ArrayRecord's, for any failure to write
         raise OSError(f'{directory} cannot be written: {error}') from error
     return directory

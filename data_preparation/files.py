@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 import os
+import shlex
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +28,11 @@ DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
     b'BZh': bz2.open,
     b'\xfd7zXZ\0': lzma.open,
 }
+
+
+def remedy(path: Path) -> str:
+    """What to do about a file that can be made or fetched again."""
+    return f'Delete it: rm {shlex.quote(str(path))}'
 
 
 def check_regular(path: Path, limit: int | None = None) -> None:
@@ -91,16 +97,11 @@ class Member(NamedTuple):
 
 
 def tar_members(tar: IO[bytes], name: str, limit: int) -> Iterator[Member]:
-    """Yields the regular files of an uncompressed tar in their order; folders are ignored.
+    """Yields the regular files of an uncompressed, seekable tar; folders are ignored.
 
-    Args:
-        tar: the tar, seekable.
-        name: what to call it in an error.
-        limit: bytes that a member may have.
-
-    Raises:
-        ValueError: the tar is damaged or truncated; or a member is a link, a device or sparse, is
-            larger than `limit`, is there twice, or has an absolute or otherwise unusable path.
+    `name` is what errors call it. ValueError if the tar is damaged or truncated; or a member is a
+    link, a device or sparse, has more than `limit` bytes, is there twice, or has an absolute or
+    otherwise unusable path.
     """
     paths: set[str] = set()
     length, end = tar.seek(0, os.SEEK_END), 0
@@ -115,9 +116,8 @@ def tar_members(tar: IO[bytes], name: str, limit: int) -> Iterator[Member]:
         if content is None or header.issparse():
             raise ValueError(f'{path} in {name} is not a regular file')
         if not 0 <= header.size <= limit:
-            raise ValueError(
-                f'{path} in {name} has {header.size:,} bytes; at most {limit:,} are read'
-            )
+            size = f'{header.size:,} bytes; at most {limit:,} are read'
+            raise ValueError(f'{path} in {name} has {size}')
         if header.offset_data + header.size > length:
             raise ValueError(f'{name} is truncated: {path} ends after {length:,} bytes')
         if str(path) in paths:

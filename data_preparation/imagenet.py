@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import shlex
 import shutil
 import threading
 from collections.abc import Iterator
@@ -130,7 +129,7 @@ def _read_summary(path: Path) -> Summary:
     try:
         return Summary.from_json(files.read_json(path))
     except ValueError as error:
-        raise ValueError(f'{path} is damaged. Delete it: rm {shlex.quote(str(path))}') from error
+        raise ValueError(f'{path} is damaged. {files.remedy(path)}') from error
 
 
 def _write_shard(

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,7 +173,7 @@ def index(split: str, path: Path, source: Source, work: Path) -> list[np.ndarray
     try:
         index = np.load(cache)
     except (ValueError, EOFError) as error:
-        raise ValueError(f'{cache} is damaged. Delete it: rm {shlex.quote(str(cache))}') from error
+        raise ValueError(f'{cache} is damaged. {files.remedy(cache)}') from error
     shards = shard_utils.ShardConfig(num_shards=source.shards).get_number_shards(
         int(index['size'].sum(dtype=np.int64)), len(index)
     )

@@ -12,23 +12,13 @@ from tqdm import tqdm
 def progress(text: str, total: int | None, unit: str, done: int = 0) -> tqdm:
     """A bar with the time left on a terminal, and a line now and then in a file; after two seconds.
 
-    Args:
-        text: what is being done.
-        total: how many `unit`s there are.
-        unit: 'B' for bytes, which are scaled, or the name of another thing.
-        done: how many were done before and took no time.
+    `unit` is 'B' for bytes, which are scaled, or the name of another thing; `done` of the `total`
+    were there before and took no time.
     """
     interval = 0.2 if sys.stderr.isatty() else 60
-    return tqdm(
-        desc=text,
-        total=total,
-        initial=done,
-        delay=2,
-        unit=unit,
-        unit_scale=unit == 'B',
-        mininterval=interval,
-        maxinterval=2 * interval,
-    )
+    timing = {'delay': 2, 'mininterval': interval, 'maxinterval': 2 * interval}
+    scaled = unit == 'B'
+    return tqdm(desc=text, total=total, initial=done, unit=unit, unit_scale=scaled, **timing)
 
 
 def in_threads(function: Callable[..., None], calls: Sequence[tuple], workers: int) -> None:

@@ -128,25 +128,32 @@ def read_metadata(directory: Path) -> Metadata:
     return records.read_metadata(directory)
 
 
+def _open(path: Path) -> ArrayRecordReader:
+    """Opens a shard; ValueError says why it cannot be read."""
+    if not path.is_file():
+        raise ValueError(f'{path.name} is missing or not a regular file')
+    try:
+        path.open('rb').close()
+        reader = ArrayRecordReader(str(path), 'readahead_buffer_size:0,max_parallelism:0')
+        is_readable = reader.ok()
+    except OSError as error:
+        raise ValueError(f'{path.name} cannot be read: {error.strerror}') from error
+    except READER_ERRORS:
+        is_readable = False
+    if not is_readable:
+        raise ValueError(f'{path.name} is truncated or no ArrayRecord file')
+    return reader
+
+
 def _read_shard(
     shard: Shard, metadata: Metadata, full: bool, bar: tqdm, stop: threading.Event
 ) -> None:
     """Reads the records of a shard into `shard`, until `stop` is set."""
     name = shard.path.name
-    if not shard.path.is_file():
-        shard.errors.append(f'{name} is missing or not a regular file')
-        return
     try:
-        shard.path.open('rb').close()
-        reader = ArrayRecordReader(str(shard.path), 'readahead_buffer_size:0,max_parallelism:0')
-        is_readable = reader.ok()
-    except OSError as error:
-        shard.errors.append(f'{name} cannot be read: {error.strerror}')
-        return
-    except READER_ERRORS:
-        is_readable = False
-    if not is_readable:
-        shard.errors.append(f'{name} is truncated or no ArrayRecord file')
+        reader = _open(shard.path)
+    except ValueError as error:
+        shard.errors.append(str(error))
         return
     count = reader.num_records()
     if count != shard.length:
@@ -215,37 +222,29 @@ def _differences(path: Path, expected: Manifest, found: Manifest) -> list[str]:
     errors = []
     if expected.label_names != found.label_names:
         errors.append(f'the class names are not those of {path}: a label file of another dataset?')
-    for split in sorted(expected.splits.keys() | found.splits.keys()):
-        if split not in found.splits or split not in expected.splits:
-            where = 'missing' if split in expected.splits else 'unknown'
-            errors.append(f'split {split} is {where}, compared with {path}')
-        else:
-            errors += _differences_of_split(
-                path, split, expected.splits[split], found.splits[split]
+    for split in sorted(expected.splits.keys() ^ found.splits.keys()):
+        where = 'missing' if split in expected.splits else 'unknown'
+        errors.append(f'split {split} is {where}, compared with {path}')
+    for split in sorted(expected.splits.keys() & found.splits.keys()):
+        ours, theirs = found.splits[split], expected.splits[split]
+        counts = [('examples', ours.examples, theirs.examples)]
+        if theirs.class_counts is not None:
+            pairs = itertools.zip_longest(ours.class_counts or [], theirs.class_counts, fillvalue=0)
+            counts += [(f'examples of class {i}', *pair) for i, pair in enumerate(pairs)]
+        wrong = [
+            f'{split} has {actual:,} {what}, {path} says {stated:,}'
+            for what, actual, stated in counts
+            if actual != stated
+        ][:2]  # One class is enough to see that classes differ.
+        if theirs.digest not in (None, ours.digest):
+            wrong.append(
+                f'{split} has the content digest {ours.digest}, {path} says {theirs.digest}'
             )
+        errors += wrong
+        if wrong:
+            errors += [
+                f'{name} does not have the content it was written with'
+                for name, digest in ours.shards.items()
+                if theirs.shards.get(name, digest) != digest
+            ]
     return errors
-
-
-def _differences_of_split(path: Path, split: str, expected: Summary, found: Summary) -> list[str]:
-    errors = []
-    if found.examples != expected.examples:
-        errors.append(f'{split} has {found.examples:,} examples, {path} says {expected.examples:,}')
-    if expected.class_counts is not None:
-        counts = itertools.zip_longest(found.class_counts or [], expected.class_counts, fillvalue=0)
-        for label, (actual, stated) in enumerate(counts):
-            if actual != stated:
-                errors.append(
-                    f'{split} has {actual:,} examples of class {label}, {path} says {stated:,}'
-                )
-                break  # One is enough to see that classes differ.
-    if expected.digest and found.digest != expected.digest:
-        errors.append(
-            f'{split} has the content digest {found.digest}, {path} says {expected.digest}'
-        )
-    if not errors:
-        return []
-    return errors + [
-        f'{name} does not have the content it was written with'
-        for name, digest in found.shards.items()
-        if expected.shards.get(name, digest) != digest
-    ]

@@ -19,13 +19,13 @@ do, and converts them with --input=torchvision. Exit status: 0, or 2 with the ou
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +34,31 @@ os.environ['JAX_PLATFORMS'] = 'cpu'  # A conversion needs no accelerator, which 
 import numpy as np
 
 from data_preparation import archives
-from input_pipeline import CENTRAL_FRACTION
 from settings import hyperparameters
+from settings.errors import REJECTED, CheckpointError
 from training import checkpointing
+from workloads import weight_files
 from workloads.resnet import torchvision
+from workloads.resnet.fields import ResNetConfig
+from workloads.resnet.image_preprocessing import CENTRAL_FRACTION
 from workloads.resnet.task import CHANNEL_MEANS
-from workloads.resnet.torchvision import (
-    TORCHVISION_MEAN,
-    TORCHVISION_SCALE,
-    TORCHVISION_STD,
-    CheckpointError,
-)
+from workloads.resnet.torchvision import TORCHVISION_MEAN, TORCHVISION_SCALE, TORCHVISION_STD
 
 CONVENTIONS = {
-    'reference': 'RGB in 0..255 minus (123.68, 116.78, 103.94), as this program trains',
+    'reference': f'RGB in 0..255 minus {CHANNEL_MEANS}, as this program trains',
     'torchvision': "(RGB / 255 - mean) / std, as torchvision's published weights and most others",
 }
 LARGEST_STEP = 2**31 - 1  # The optimizer counts in int32.
-LARGEST_DOWNLOAD = 1 << 30  # Bytes; ten times a ResNet-50.
 _USED = ('model', 'padding', 'image_size', 'augmentation')  # Of a configuration, here.
-# A torchvision input shifted by this, in grey levels, is one of ours: 255·mean - our mean.
-MEAN_SHIFT = [
-    255 * theirs - ours for theirs, ours in zip(TORCHVISION_MEAN, CHANNEL_MEANS, strict=True)
-]
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file or checkpoint that an error is about in front of it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f'{path}: {error}') from error
 
 
 def preprocessing(config: Mapping[str, Any] | None, convention: str) -> dict[str, Any]:
@@ -70,16 +72,16 @@ def preprocessing(config: Mapping[str, Any] | None, convention: str) -> dict[str
         'layout': 'NCHW',
         'divide_by': 255 if folded else 1,
         'mean': [mean / 255 if folded else mean for mean in CHANNEL_MEANS],
-        'std': list(TORCHVISION_STD) if folded else [1.0, 1.0, 1.0],
+        'std': TORCHVISION_STD if folded else (1.0, 1.0, 1.0),
     }
-    if config is None:
-        return facts
-    facts['image_size'] = config['image_size']
-    if config['augmentation'] == 'crop_resize':
-        facts['resize_shorter_side'] = round(config['image_size'] / CENTRAL_FRACTION)
-        facts['resize_rule'] = (
-            'bilinear without antialiasing; output pixel i samples input i·(in/out); centre crop'
-        )
+    if config:
+        facts['image_size'] = config['image_size']
+        if config['augmentation'] == 'crop_resize':
+            facts['resize_shorter_side'] = round(config['image_size'] / CENTRAL_FRACTION)
+            facts['resize_rule'] = (
+                'bilinear without antialiasing; output pixel i samples input i·(in/out); centre '
+                'crop'
+            )
     return facts
 
 
@@ -87,21 +89,16 @@ def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
     """Exports a checkpoint; what was done, in a sentence or two.
 
     Raises:
-      CheckpointError: when it is no whole model with finite weights, or has padding='same', which
-        no PyTorch model has.
+      CheckpointError: it is no whole model with finite weights, or has padding='same', which no
+        PyTorch model has.
     """
-    try:
+    with _naming(checkpoint):
         tree, record = checkpointing.read(checkpoint)
-    except checkpointing.CheckpointError as error:
-        raise CheckpointError(f'{checkpoint}: {error}') from error
-    step, config = int(tree['step']), record.get('config')
-    try:
+        step, config = int(tree['step']), record.get('config')
         check_config(config)
         state = torchvision.to_state_dict(tree['variables'], step)
         model = torchvision.identify(state)
         torchvision.from_state_dict(state, model)  # Raises unless it is a whole model.
-    except CheckpointError as error:
-        raise CheckpointError(f'{checkpoint}: {error}') from error
     if convention == 'torchvision':
         state = torchvision.scale_input(state, TORCHVISION_SCALE)
     metadata = {
@@ -111,32 +108,31 @@ def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
         'preprocessing': json.dumps(preprocessing(config, convention)),
         'config': json.dumps(config),
     }
-    torchvision.write(out, state, metadata)
-    return f'{out}: {model} after {step} steps.{_note(convention)}'
+    weight_files.write(out, state, metadata)
+    return f'{out}: {model} after {step} steps. {_note(convention)}'
 
 
 def check_config(config: Any) -> None:
     """Checks what is used here of a configuration that a checkpoint or a file carries.
 
     Raises:
-      CheckpointError: when it is neither None nor a mapping with these fields, or has
-        padding='same'.
+      CheckpointError: it is neither None nor a mapping with these fields, or has padding='same'.
     """
     if config is None:
         return
     if not isinstance(config, Mapping):
         raise CheckpointError(f'its config is {config!r:.100}, which is no object of names')
+    fields = hyperparameters.table(ResNetConfig)
     for name in _USED:
-        value, entry = config.get(name), hyperparameters.BY_NAME[name]
-        if type(value) is not entry.type or not entry.rule.holds(value, config):
+        value, field = config.get(name), fields[name]
+        if type(value) is not field.type or not field.rule.holds(value):
             raise CheckpointError(
-                f'its config has {name}={value!r:.100}; it must be {entry.rule.words}'
+                f'its config has {name}={value!r:.100}; it must be {field.rule.words}'
             )
     if config['padding'] != 'symmetric':
         raise CheckpointError(
-            f"its config has padding={config['padding']!r}; PyTorch's models pad "
-            "symmetrically and would compute something else. Train with padding='symmetric' to "
-            'export'
+            f"its config has padding={config['padding']!r}; PyTorch's models pad symmetrically "
+            "and would compute something else. Train with padding='symmetric' to export"
         )
 
 
@@ -152,7 +148,7 @@ def judge_metadata(
     Args:
       metadata: of the file, all of which may be absent.
       model: whose weights they are.
-      convention: the input that the user names, if he does.
+      convention: the input that the user names, or None.
 
     Returns:
       (step, configuration or None, input).
@@ -185,8 +181,8 @@ def judge_metadata(
         )
     if convention not in (None, recorded):
         raise CheckpointError(
-            f'its weights are made for input={recorded}, by its metadata, which --input='
-            f'{convention} contradicts; leave that out'
+            f'its weights are made for input={recorded}, by its metadata, which '
+            f'--input={convention} contradicts; leave that out'
         )
     return int(step), config, recorded
 
@@ -195,71 +191,48 @@ def from_pytorch(file: Path, out: Path, convention: str | None) -> str:
     """Imports a file; what was done, in a sentence or two.
 
     Raises:
-      CheckpointError: when it is no whole model, its metadata are wrong or contradict
-        `convention`, or neither says which input it is for.
+      CheckpointError: it is no whole model, its metadata are wrong or contradict `convention`, or
+        neither says which input it is for.
     """
-    if out.exists():
-        raise FileExistsError(f'{out} exists; move it away or choose another output')
-    state, metadata = torchvision.read(file)
-    model = torchvision.identify(state)
-    try:
+    state, metadata = weight_files.read(file)
+    with _naming(file):
+        model = torchvision.identify(state)
         variables = torchvision.from_state_dict(state, model)
         step, config, convention = judge_metadata(metadata, model, convention)
         if convention == 'torchvision':
             inverse = tuple(1 / factor for factor in TORCHVISION_SCALE)
-            scaled = torchvision.scale_input(state, inverse)
-            variables = torchvision.from_state_dict(scaled, model)
-    except CheckpointError as error:
-        raise CheckpointError(f'{file}: {error}') from error
+            state = torchvision.scale_input(state, inverse)
+            variables = torchvision.from_state_dict(state, model)
     source = {'file': file.name, 'input': convention}
     tree = {'variables': variables, 'step': np.int32(step)}
     checkpointing.write(out, tree, {'step': step, 'config': config, 'source': source})
-    return f'{out}: {model}, {state["fc.weight"].shape[0]} classes.{_note(convention)}'
+    return f'{out}: {model}, {state["fc.weight"].shape[0]} classes. {_note(convention)}'
 
 
 def _note(convention: str) -> str:
     if convention == 'reference':
-        return ' Input: RGB in 0..255 minus (123.68, 116.78, 103.94).'
-    shifts = ', '.join(f'{shift:+.3f}' for shift in MEAN_SHIFT)
+        return f'Input: RGB in 0..255 minus {CHANNEL_MEANS}.'
+    # A torchvision input is one of ours, shifted by this many grey levels.
+    means = zip(TORCHVISION_MEAN, CHANNEL_MEANS, strict=True)
+    shifts = ', '.join(f'{255 * theirs - ours:+.3f}' for theirs, ours in means)
     exact = ', '.join(f'{mean / 255:.6f}' for mean in CHANNEL_MEANS)
     return (
-        " Torchvision's scale was folded into conv1.weight. The means cannot be folded (the "
+        "Torchvision's scale was folded into conv1.weight. The means cannot be folded (the "
         'padding would shift too): on the PyTorch side, Normalize(mean='
         f"({exact}), std={TORCHVISION_STD}) is exact; with torchvision's own mean the input is off "
         f'by ({shifts}) grey levels.'
     )
 
 
-def _published_size(url: str) -> int:
-    # From byte 0, so that servers with and without ranges state the whole size.
-    request = urllib.request.Request(url, headers={'Range': 'bytes=0-'})
-    try:
-        with (
-            archives.network_errors(url),
-            urllib.request.urlopen(request, timeout=archives.TIMEOUT_SECONDS) as response,
-        ):
-            size = response.headers.get('Content-Length', '')
-    except ConnectionError as error:
-        raise CheckpointError(f'{archives.redacted(url)} cannot be fetched: {error}') from error
-    if not re.fullmatch('[0-9]{1,10}', size) or not 0 < int(size) <= LARGEST_DOWNLOAD:
-        raise CheckpointError(
-            f'{archives.redacted(url)} cannot be fetched: the server says Content-Length {size!r}; '
-            f'it must be 1 to {LARGEST_DOWNLOAD} bytes'
-        )
-    return int(size)
-
-
 def download(url: str, out: Path) -> str:
-    """Fetches a .pth file next to `out`, checks it by the digits in its name, and converts it.
+    """Fetches weights next to `out`, checks them by the digits in their name, and converts them.
 
-    An interrupted download is continued; the file stays, so that nothing is fetched twice.
+    An interrupted download is resumed; the file stays, so that nothing is fetched twice.
 
     Raises:
-      ValueError: when it cannot be fetched, or is larger than LARGEST_DOWNLOAD.
-      CheckpointError: when the digits are not those of the file's SHA-256; the file is removed.
+      ValueError: it cannot be fetched.
+      CheckpointError: the digits are not those of the file's SHA-256; the file is removed.
     """
-    if out.exists():
-        raise FileExistsError(f'{out} exists; move it away or choose another output')
     archives.check_url(url)
     name = url.rsplit('/', 1)[-1]
     digits = re.search(r'-([0-9a-f]{8,64})\.(pth|safetensors)$', name)
@@ -270,7 +243,7 @@ def download(url: str, out: Path) -> str:
         )
     file = out.parent / name
     if not file.exists():
-        archives.download(url, file, _published_size(url))
+        archives.download(url, file)
     with file.open('rb') as stream:
         digest = hashlib.file_digest(stream, 'sha256').hexdigest()
     if not digest.startswith(digits[1]):
@@ -299,15 +272,17 @@ def main(arguments: list[str]) -> int:
             subparser.add_argument('--input', choices=tuple(CONVENTIONS))
     flags = parser.parse_args(arguments)
     try:
+        if flags.out.exists():
+            raise FileExistsError(f'{flags.out} exists; move it away or choose another output')
         if flags.command == 'to-pytorch':
             done = to_pytorch(Path(flags.source), flags.out, flags.input or 'reference')
         elif flags.command == 'from-pytorch':
             done = from_pytorch(Path(flags.source), flags.out, flags.input)
         else:
             done = download(flags.source, flags.out)
-    except (ValueError, OSError, checkpointing.CheckpointError) as error:
+    except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
-        return 2
+        return REJECTED
     print(done)
     return 0
 

@@ -20,6 +20,7 @@ from input_pipeline import Share
 from models import resnet as models
 from settings.plan import make_plan
 from tests import harness
+from workloads import weight_files
 from workloads.resnet import images, task, torchvision
 from workloads.resnet.records import find_dataset
 
@@ -367,7 +368,7 @@ def test_exported_checkpoints_classify_alike(digits_dir, tmp_path, model, steps,
     config = harness.resolve('digits', digits_dir, model=model, seed=0)
     variables = harness.train(config, steps=steps).state.variables
     file = tmp_path / 'out.safetensors'
-    torchvision.write(file, torchvision.to_state_dict(variables, steps), {})
+    weight_files.write(file, torchvision.to_state_dict(variables, steps), {})
     net = torchvision_models.create(model, CLASSES).eval()
     state = safetensors.numpy.load_file(file)
     net.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
