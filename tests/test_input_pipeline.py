@@ -4,7 +4,6 @@
 import itertools
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,28 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from input_pipeline import DataError, DatasetError, Pipeline, Share, check, find_dataset
-from settings.hyperparameters import ConfigError
-from tests.harness import resolve
-from workloads.resnet.random_streams import example_order
+from input_pipeline import Share, example_order
+from settings.errors import DataError
+from tests.numbered_examples import PADDING, Numbers, pipeline
 
 N_TRAIN, N_EVAL = 1437, 360
+ROOT = Path(__file__).parents[1]
 
 
-WHOLE = Share(0, 64, 64)
+def joined(batches) -> dict[str, np.ndarray]:
+    """All batches as one."""
+    batches = list(batches)
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def pipeline(data_dir, share=WHOLE, seed=5, **overrides):
-    config = resolve('digits', data_dir, **overrides)
-    return Pipeline(find_dataset('digits', str(data_dir)), config, seed, share)
-
-
-def images(batches):
-    return np.concatenate([batch['image'] for batch in batches])
-
-
-def labels(batches):
-    return np.concatenate([batch['label'] for batch in batches])
+def assert_equal(ours, theirs) -> None:
+    ours, theirs = joined(ours), joined(theirs)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
 
 
 def test_epochs_are_permutations_and_differ():
@@ -46,151 +42,71 @@ def test_epochs_are_permutations_and_differ():
     assert tuple(example_order(6, 0, N_TRAIN)) != tuple(orders[0])
 
 
-def test_an_epoch_holds_every_example_once_and_its_last_batch_is_mixed(digits_dir):
-    one_by_one = pipeline(digits_dir, Share(0, 479, 479), augmentation='none')
-    first_epoch, second_epoch = images(one_by_one.train(0, 3)), images(one_by_one.train(3, 6))
-    assert len(first_epoch) == N_TRAIN
-    for_sure = sorted(image.tobytes() for image in first_epoch)
-    assert for_sure == sorted(image.tobytes() for image in second_epoch)
-    mixed = pipeline(digits_dir, augmentation='none')
-    assert (images(mixed.train(0, 23))[:N_TRAIN] == first_epoch).all()
-    assert (images(mixed.train(0, 23))[N_TRAIN:] == second_epoch[: 23 * 64 - N_TRAIN]).all()
+def test_an_epoch_holds_every_example_once_and_its_last_batch_is_mixed():
+    whole = pipeline(share=Share(0, 479, 479))
+    first_epoch, second_epoch = (joined(whole.train(i, i + 3))['example'] for i in (0, 3))
+    assert sorted(first_epoch) == sorted(second_epoch) == list(range(N_TRAIN))
+    mixed = joined(pipeline().train(0, 23))
+    np.testing.assert_array_equal(mixed['example'][:N_TRAIN], first_epoch)
+    np.testing.assert_array_equal(mixed['example'][N_TRAIN:], second_epoch[: 23 * 64 - N_TRAIN])
+    np.testing.assert_array_equal(mixed['position'], np.arange(23 * 64))
 
 
-def test_images_of_another_size_are_rejected_by_the_metadata(digits_dir):
-    dataset = find_dataset('digits', str(digits_dir))
-    check(resolve('digits', digits_dir), dataset)
-    with pytest.raises(ConfigError, match='image_size=16: the images of digits are of 8'):
-        check(resolve('digits', digits_dir, image_size=16), dataset)
-    with pytest.raises(ConfigError, match='image_size=9: the images of digits are of 8'):
-        pipeline(digits_dir, image_size=9)
+def test_a_batch_larger_than_an_epoch_goes_round():
+    batch = joined(pipeline(Numbers(10), share=Share(3, 22, 30)).train(1, 2))
+    order = np.concatenate([example_order(5, epoch, 10) for epoch in range(6)])
+    np.testing.assert_array_equal(batch['example'], order[33:55])
 
 
-def test_any_batch_can_be_had_without_those_before_it(digits_dir):
-    source = pipeline(digits_dir)
-    straight, jumped = list(source.train(0, 40)), list(source.train(33, 40))
-    assert images(straight[33:]).tobytes() == images(jumped).tobytes()
-    assert labels(straight[33:]).tobytes() == labels(jumped).tobytes()
+def test_any_batch_can_be_had_without_those_before_it():
+    straight = list(pipeline().train(0, 40))
+    assert_equal(straight[33:], pipeline().train(33, 40))
 
 
-@pytest.mark.parametrize(
-    'overrides',
-    [
-        {'data_threads': 1},
-        {'data_threads': 7},
-        {'cache_gib': 0},
-        pytest.param({'data_processes': 2}, marks=pytest.mark.slow),
-    ],
-)
-def test_workers_and_cache_change_nothing(digits_dir, overrides):
-    expected, found = pipeline(digits_dir), pipeline(digits_dir, **overrides)
-    ours, theirs = list(expected.train(20, 30)), list(found.train(20, 30))
-    assert images(ours).tobytes() == images(theirs).tobytes()
-    assert labels(ours).tobytes() == labels(theirs).tobytes()
+@pytest.mark.slow
+def test_processes_change_nothing():
+    assert_equal(pipeline(processes=2).train(20, 30), pipeline().train(20, 30))
+    assert_equal(pipeline(processes=2).evaluation(), pipeline().evaluation())
 
 
-def test_processes_share_the_same_batches(digits_dir):
-    whole = images(pipeline(digits_dir).train(3, 5))
-    parts = [images(pipeline(digits_dir, Share(i * 16, 16, 64)).train(3, 5)) for i in range(4)]
-    together = np.concatenate([part.reshape(2, 16, 8, 8, 3) for part in parts], axis=1)
-    assert together.reshape(whole.shape).tobytes() == whole.tobytes()
+def test_shares_are_parts_of_the_same_batches():
+    whole = joined(pipeline().train(3, 5))
+    parts = [joined(pipeline(share=Share(i * 16, 16, 64)).train(3, 5)) for i in range(4)]
+    for name in whole:
+        together = np.concatenate([part[name].reshape(2, 16) for part in parts], axis=1)
+        np.testing.assert_array_equal(together.ravel(), whole[name])
 
 
-def test_the_seed_decides_order_and_augmentation(digits_dir):
-    plain = {'augmentation': 'none'}
-    a, b = (labels(pipeline(digits_dir, seed=seed, **plain).train(0, 4)) for seed in (5, 6))
-    assert a.tobytes() != b.tobytes()
-    augmented, same_order = pipeline(digits_dir), pipeline(digits_dir, **plain)
-    first, second = images(augmented.train(0, 4)), images(same_order.train(0, 4))
-    assert labels(augmented.train(0, 4)).tobytes() == labels(same_order.train(0, 4)).tobytes()
-    assert first.tobytes() != second.tobytes()
+def test_the_seed_decides_order_and_augmentation():
+    five, six = (joined(pipeline(seed=seed).train(0, 4)) for seed in (5, 6))
+    assert (five['example'] != six['example']).any()
+    assert not (five['drawn'] == six['drawn']).any()
 
 
-def test_an_example_is_augmented_anew_in_every_epoch(digits_dir):
-    source = pipeline(digits_dir, Share(0, 479, 479))
-    views = [{}, {}]
-    for epoch in range(2):
-        pixels = images(source.train(3 * epoch, 3 * epoch + 3))
-        for place, index in enumerate(example_order(5, epoch, N_TRAIN)):
-            views[epoch][index] = pixels[place].tobytes()
-    changed = sum(views[0][index] != views[1][index] for index in range(N_TRAIN))
-    assert changed > 0.8 * N_TRAIN  # Nine shifts, of which one is drawn each time.
+def test_an_example_is_augmented_anew_at_every_position():
+    drawn = joined(pipeline().train(0, 50))['drawn']
+    assert len({*drawn}) == len(drawn)
 
 
 @pytest.mark.parametrize('whole', [1, 7, 64, 359, 360, 361, 1000])
 @pytest.mark.parametrize('processes', [1, 3])
-def test_evaluation_counts_every_example_once(digits_dir, whole, processes):
-    everything = pipeline(digits_dir, Share(0, N_EVAL, N_EVAL)).evaluation()
-    expected = sorted(image.tobytes() for image in images(everything))
+def test_evaluation_counts_every_example_once(whole, processes):
     found = []
     for process in range(processes):
         share = Share(process * whole, whole, whole * processes)
-        for batch in pipeline(digits_dir, share).evaluation():
-            found += [image.tobytes() for image in batch['image'][batch['label'] >= 0]]
-    assert sorted(found) == expected
+        batches = list(pipeline(share=share, num_eval=N_EVAL).evaluation())
+        assert {len(batch['example']) for batch in batches} == {whole}
+        found += [i for batch in batches for i in batch['example'] if i != PADDING]
+    assert sorted(found) == list(range(N_EVAL))
 
 
-def copy_of(digits_dir, tmp_path) -> Path:
-    shutil.copytree(digits_dir / 'digits', tmp_path / 'digits')
-    return tmp_path
-
-
-def test_no_data_set_tells_how_to_prepare_it(tmp_path):
-    with pytest.raises(DatasetError, match=r'download_dataset.sh digits'):
-        find_dataset('digits', str(tmp_path))
-
-
-def test_a_missing_or_empty_shard_is_named(digits_dir, tmp_path):
-    data_dir = copy_of(digits_dir, tmp_path)
-    shard = next(data_dir.glob('digits/**/*train*array_record*'))
-    shard.write_bytes(b'')
-    with pytest.raises(DatasetError, match=shard.name):
-        find_dataset('digits', str(data_dir))
-    shard.unlink()
-    with pytest.raises(DatasetError, match='incomplete'):
-        find_dataset('digits', str(data_dir))
-
-
-def test_nothing_is_read_before_the_first_batch_is_asked_for(digits_dir, tmp_path):
-    data_dir = copy_of(digits_dir, tmp_path)
-    source = pipeline(data_dir)
-    for shard in data_dir.glob('digits/**/*array_record*'):
-        shard.write_bytes(b'x' * shard.stat().st_size)  # Unreadable from here on.
-    pipeline(data_dir)
-    with pytest.raises(Exception, match=r'(?i)digits|record|riegeli'):
-        next(source.train(0, 1))
-
-
-def test_a_broken_record_stops_with_its_name(digits_dir, tmp_path, monkeypatch):
-    import input_pipeline
-
-    whole = input_pipeline.decode
-
-    def decode(encoded):
-        image = whole(encoded)
-        if image.sum() % 97 == 0:  # Some record of the set.
-            raise ValueError('cannot decode')
-        return image
-
-    monkeypatch.setattr(input_pipeline, 'decode', decode)
-    with pytest.raises(DataError, match=r'(?s)record \d+.*train.*verify_dataset'):
-        list(pipeline(digits_dir).train(0, 23))
-
-
-TRAINING = """
-import multiprocessing, sys, time
-from input_pipeline import Pipeline, Share, find_dataset
-from tests.harness import resolve
-
-if __name__ == '__main__':
-    config = resolve('digits', sys.argv[1], data_processes=2)
-    source = Pipeline(find_dataset('digits', sys.argv[1]), config, 5, Share(0, 64, 64))
-    batches = source.train(0, 10**9)
-    for _ in range(4):
-        next(batches)
-    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
-    time.sleep(60)
-"""
+def test_nothing_is_read_before_the_first_batch_is_asked_for():
+    source = Numbers(N_TRAIN)
+    batches = pipeline(source).train(0, 10)
+    time.sleep(0.1)
+    assert not source.has_been_read
+    next(batches)
+    assert source.has_been_read
 
 
 def is_running(pid: int) -> bool:
@@ -202,16 +118,10 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_decoding_processes_end_with_the_training_process(digits_dir, tmp_path):
-    script = tmp_path / 'training.py'
-    script.write_text(TRAINING)
+def test_decoding_processes_end_with_the_training_process():
     before = set(os.listdir('/dev/shm'))
-    training = subprocess.Popen(
-        [sys.executable, script, digits_dir],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {'PYTHONPATH': str(Path(__file__).parents[1])},
-    )
+    command = [sys.executable, '-m', 'tests.numbered_examples']
+    training = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     workers = [int(pid) for pid in training.stdout.readline().split()]
     assert len(workers) == 2
     assert all(map(is_running, workers))
@@ -227,21 +137,21 @@ def test_decoding_processes_end_with_the_training_process(digits_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_decoding_process_is_named(digits_dir):
-    batches = pipeline(digits_dir, data_processes=2).train(0, 10**9)
+def test_a_killed_decoding_process_is_named():
+    batches = pipeline(processes=2).train(0, 10**9)
     next(batches)
     before = time.monotonic()
     for process in multiprocessing.active_children():
         os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r'exit code -9.*memory.*config.data_processes'):
-        list(itertools.islice(batches, 1000))
+        list(itertools.islice(batches, 100_000))
     assert time.monotonic() - before < 10
 
 
 @pytest.mark.slow
-def test_a_broken_record_is_named_from_another_process(digits_dir, tmp_path):
-    data_dir = copy_of(digits_dir, tmp_path)
-    source = pipeline(data_dir, data_processes=2)
-    next(data_dir.glob('digits/**/*train*array_record*')).write_bytes(b'x' * 100_000)
-    with pytest.raises(DataError, match=r'digits-train.*verify_dataset.sh digits'):
-        next(source.train(0, 100))
+def test_an_error_comes_through_from_another_process():
+    source = Numbers(N_TRAIN, broken=int(example_order(5, 0, N_TRAIN)[100]))
+    batches = pipeline(source, processes=2).train(0, 100)
+    next(batches)
+    with pytest.raises(DataError, match=f'example {source.broken} cannot be used'):
+        next(batches)

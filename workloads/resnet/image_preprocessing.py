@@ -19,7 +19,6 @@ import numpy as np
 
 from workloads.resnet.image_decoding import decode, find_frame, is_jpeg
 from workloads.resnet.partial_jpeg import decode_top
-from workloads.resnet.records import Records
 from workloads.resnet.resampling import sample
 
 # The official training crop: aspect ratio (width / height), share of the image's area, and the
@@ -67,29 +66,6 @@ def sample_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int,
         if area >= CROP_MIN_COVERED * image_area:
             return y, x, crop_height, crop_width
     return 0, 0, height, width
-
-
-class Photographs:
-    """Reads images of any size, an `images.Reader`.
-
-    Args:
-        records: encoded images and labels, by index.
-        size: height and width of what is read, pixels.
-    """
-
-    def __init__(self, records: Records, size: int):
-        self._records, self._size = records, size
-
-    def train(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-        """A random crop of the image, uint8[size,size,3], and the label."""
-        encoded, label = self._records[index]
-        return decode_and_random_crop(encoded, rng, size=self._size), label
-
-    def evaluation(self, index: int) -> tuple[np.ndarray, int]:
-        """The central crop of the image, uint8[size,size,3], and the label."""
-        encoded, label = self._records[index]
-        resize_min = round(self._size / CENTRAL_FRACTION)
-        return decode_and_center_crop(encoded, size=self._size, resize_min=resize_min), label
 
 
 def decode_and_random_crop(encoded: bytes, rng: np.random.Generator, *, size: int) -> np.ndarray:

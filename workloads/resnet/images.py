@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples of an image data set as batches: records in, uint8 pixels and labels out."""
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -15,8 +16,6 @@ from workloads.resnet.records import EVAL_SPLIT, Dataset, Records
 from workloads.resnet.small_images import SmallImages
 
 PADDING_LABEL = -1  # Label of the examples that fill up an evaluation's last batch.
-# A decoding thread takes so many examples of a batch at a time.
-EXAMPLES_AT_A_TIME = 16
 
 Example = tuple[np.ndarray, int]  # uint8 [H, W, 3] and label
 
@@ -44,7 +43,7 @@ class Images:
       image_size: height and width, pixels.
       augmentation: crop_resize, pad_crop_flip, pad_crop or none.
       cache_gib: decoded images of one size are kept in memory if all of them take no more.
-      threads: that decode.
+      threads: that decode photographs; Grain's own read small images.
     """
 
     def __init__(
@@ -57,16 +56,17 @@ class Images:
         cache_gib: float,
         threads: int,
     ):
-        self._records, self._count, self._size, self._threads = records, count, image_size, threads
+        self._records, self._count, self._size = records, count, image_size
         self._reader: Reader
         if augmentation == 'crop_resize':
-            # Not above: it loads machine code, which small images can do without.
-            from workloads.resnet.image_preprocessing import Photographs
+            # Imported here: it loads Numba, 0.45 s of CPU time that small images do not need.
+            from workloads.resnet.photographs import Photographs
 
-            self._reader = Photographs(records, image_size)
+            self._reader, self._threads = Photographs(records, image_size), threads
         else:
             keep = count * 3 * image_size**2 <= cache_gib * 2**30
-            self._reader = SmallImages(records, image_size, augmentation, keep)
+            # Most of the time of a small image is Python's, which threads would only wait for.
+            self._reader, self._threads = SmallImages(records, image_size, augmentation, keep), 0
 
     def __len__(self) -> int:
         return self._count
@@ -75,47 +75,45 @@ class Images:
         """Examples `indices`, augmented as those at `positions`, both int [n]."""
 
         def read(i: int) -> Example:
-            rng = generator(seed, AUGMENTATION, positions[i])
-            return self._reader.train(int(indices[i]), rng)
+            with self._naming(indices[i], f'at training position {positions[i]}'):
+                rng = generator(seed, AUGMENTATION, positions[i])
+                return self._reader.train(int(indices[i]), rng)
 
-        def where(i: int) -> str:
-            return f'at training position {positions[i]}'
-
-        return self._batch(indices, len(indices), read, where)
+        return self._batch(read, len(indices), len(indices))
 
     def evaluation(self, indices: np.ndarray, size: int) -> Batch:
-        """Examples `indices`, int [n ≤ size], then black images of label PADDING_LABEL."""
+        """Examples `indices`, int [n ≤ size], then black images with the label PADDING_LABEL."""
 
         def read(i: int) -> Example:
-            return self._reader.evaluation(int(indices[i]))
+            with self._naming(indices[i], 'in evaluation'):
+                return self._reader.evaluation(int(indices[i]))
 
-        return self._batch(indices, size, read, lambda i: 'in evaluation')
+        return self._batch(read, len(indices), size)
 
-    def _batch(
-        self,
-        indices: np.ndarray,
-        size: int,
-        read: Callable[[int], Example],
-        where: Callable[[int], str],
-    ) -> Batch:
+    def _batch(self, read: Callable[[int], Example], count: int, size: int) -> Batch:
+        """A batch of read(0), …, read(count - 1), padded to `size`."""
         images = np.zeros((size, self._size, self._size, 3), np.uint8)
         labels = np.full(size, PADDING_LABEL, np.int32)
 
-        def fill(first: int) -> None:
-            for i in range(first, min(first + EXAMPLES_AT_A_TIME, len(indices))):
-                try:
-                    images[i], labels[i] = read(i)
-                except DataError:
-                    raise
-                except Exception as error:
-                    raise DataError(
-                        f'{where(i)}: {self._records.name(int(indices[i]))} cannot be used: '
-                        f'{error}; {self._records.remedy}'
-                    ) from error
+        def fill(i: int) -> None:
+            images[i], labels[i] = read(i)
 
-        for _ in _decoders(self._threads).map(fill, range(0, len(indices), EXAMPLES_AT_A_TIME)):
-            pass
+        in_turn_or_in_threads = _decoders(self._threads).map if self._threads else map
+        list(in_turn_or_in_threads(fill, range(count)))
         return {'image': images, 'label': labels}
+
+    @contextlib.contextmanager
+    def _naming(self, index: int, where: str) -> Iterator[None]:
+        """Errors in the body become a DataError that names the record."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f'{where}: {self._records.name(int(index))} cannot be used: {error}; '
+                f'{self._records.remedy}'
+            ) from error
 
 
 @functools.cache

@@ -10,13 +10,13 @@ from workloads.resnet.records import Records
 class SmallImages:
     """Reads images of one size, an `images.Reader`.
 
-    Kept in memory, an example takes 18 µs of a core, and otherwise 180 µs.
+    Kept in memory, an example takes 20 µs of a core, and otherwise 220 µs.
 
     Args:
       records: encoded images and labels, by index.
       size: height and width of all of them, pixels.
       augmentation: pad_crop_flip, pad_crop or none.
-      keep: whether what was decoded once stays in memory; a copy in another process starts empty.
+      keep: whether what has been decoded stays in memory, one copy in every process that reads.
     """
 
     def __init__(self, records: Records, size: int, augmentation: str, keep: bool):
@@ -40,6 +40,7 @@ class SmallImages:
             return self._kept[index]
         encoded, label = self._records[index]
         image = decode(encoded)
+        image.flags.writeable = False
         if image.shape[:2] != (self._size, self._size):
             raise ValueError(
                 f'it is {image.shape[1]}×{image.shape[0]}, not image_size={self._size}'
@@ -63,7 +64,9 @@ def pad_and_random_crop(
     Returns:
       uint8 [H, W, 3].
     """
-    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    height, width, _ = image.shape
+    padded = np.zeros((height + 2 * padding, width + 2 * padding, 3), np.uint8)  # np.pad is slower
+    padded[padding : padding + height, padding : padding + width] = image
     y, x = (int(rng.random() * (2 * padding + 1)) for _ in range(2))
-    crop = padded[y : y + image.shape[0], x : x + image.shape[1]]
+    crop = padded[y : y + height, x : x + width]
     return crop[:, ::-1] if flip and rng.random() < 0.5 else crop

@@ -52,6 +52,20 @@ def commands_in(message: str) -> list[list[str]]:
     return [shlex.split(part) for part in message.split(' with: ')[1:]]
 
 
+def test_no_data_set_tells_how_to_prepare_it(tmp_path):
+    with pytest.raises(DatasetError, match=r'download_dataset.sh digits'):
+        find_dataset('digits', str(tmp_path))
+
+
+def test_a_missing_or_empty_shard_is_named(folder):
+    shard(folder).write_bytes(b'')
+    with pytest.raises(DatasetError, match=shard(folder).name):
+        find(folder)
+    shard(folder).unlink()
+    with pytest.raises(DatasetError, match='incomplete'):
+        find(folder)
+
+
 @pytest.mark.parametrize('label', [10, 57, -1, -(2**63)])
 def test_a_label_of_no_class_stops_training_and_evaluation(folder, label):
     set_label(folder, 'train', 5, label)
