@@ -6,25 +6,26 @@ in dashes, text is large against the figure, and every figure is legible at 360 
 """
 
 import io
+import itertools
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reporting.convergence import FinishedRun
-from reporting.markup import Markup, opening
+from reporting.finished_run import FinishedRun
 
 WIDTH, HEIGHT = 4.6, 3.0  # Inches.
 RUN, MEDIAN, TARGET = '#9a9a9a', '#000000', '#b00020'
 MOST_SEEDS = 100  # More lines than this add weight to the page and nothing to see.
-matplotlib.rcParams.update({
+_STYLE: Any = {
     'font.size': 9,
     'font.family': 'sans-serif',
     'svg.fonttype': 'none',
@@ -36,7 +37,47 @@ matplotlib.rcParams.update({
     'axes.axisbelow': True,
     'legend.frameon': False,
     'legend.fontsize': 8,
-})  # fmt: skip
+}
+Curve = list[tuple[float, float]]
+
+
+class Chart(NamedTuple):
+    """A figure for a page, and as a PNG file's bytes."""
+
+    caption: str
+    svg: Markup
+    png: bytes
+
+
+def draw(runs: Sequence[FinishedRun], official: Sequence[int]) -> dict[str, Chart]:
+    """The charts of a set of runs by name.
+
+    Args:
+      runs: of one experiment.
+      official: where the official reference's runs with the same batch met the target; empty if
+        there are none.
+
+    Raises:
+      RunError: when the metrics of a run cannot be used.
+    """
+    longest = max(runs, key=lambda run: run.count)
+    middle = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+    with matplotlib.rc_context(_STYLE):
+        figures = {
+            'quality': ('Quality on the evaluation set.', quality(runs)),
+            'loss': ('Training loss, as the optimizer sees it, and evaluation loss.', loss(runs)),
+            'to_target': (f'{runs[0].units.capitalize()} to the target.',
+                          to_target(runs, official)),
+            'learning_rate': (f'Learning rate of the longest run, {longest.directory.name}.',
+                              learning_rate(longest)),
+            'throughput': ('Throughput while training.', throughput(runs)),
+            'time': (f'Where the time of the median run, {middle.directory.name}, went.',
+                     time_bar(time_split(middle))),
+        }  # fmt: skip
+        return {
+            name: Chart(caption, _svg(figure, caption), _png(figure))
+            for name, (caption, figure) in figures.items()
+        }
 
 
 def _figure(x: str, y: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
@@ -45,89 +86,84 @@ def _figure(x: str, y: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def svg(figure: Figure, label: str) -> Markup:
+def _svg(figure: Figure, label: str) -> Markup:
     """The figure as an SVG element that scales to the width of its place."""
     file = io.StringIO()
     figure.savefig(file, format='svg', metadata={'Date': None, 'Creator': None})
-    text = file.getvalue()
-    text = text[text.index('<svg') :]
-    start, rest = text.split('>', 1)
-    box = start[start.index('viewBox="') :].split('"')[1]
-    return Markup(f'{opening("svg", role="img", aria_label=label, viewBox=box)}{rest}')
+    start, rest = file.getvalue().partition('<svg')[2].split('>', 1)
+    box = start.partition('viewBox="')[2].split('"')[0]
+    opening = Markup('<svg role="img" aria-label="{}" viewBox="{}">').format(label, box)
+    return opening + Markup(rest)
 
 
-def png(figure: Figure, path: Path) -> None:
-    """Writes the figure as a PNG."""
-    figure.savefig(path, dpi=150)
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format='png', dpi=150)
+    return file.getvalue()
 
 
-def _all_and_median(axes: Axes, curves: Sequence[Sequence[tuple[float, float]]]) -> None:
-    """Every run's curve in grey, and the median of those that still run in black."""
-    axes.add_collection(
-        LineCollection(list(curves)[:MOST_SEEDS], colors=RUN, linewidths=0.6, alpha=0.7)
-    )
+def curve(run: FinishedRun, key: str) -> Curve:
+    """(position, value) of the lines of a run's metrics that have a value of this name."""
+    unit = run.plan.course.unit
+    return [(line[unit], line[key]) for line in run.metrics if line.get(key) is not None]
+
+
+def _median(curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
+    """Positions and medians; where most runs have ended, it would be that of the slow ones."""
     points = defaultdict(list)
-    for curve in curves:
-        for x, y in curve:
-            points[x].append(y)
-    # Where most runs have ended, a median would be that of the slow ones.
+    for x, y in itertools.chain.from_iterable(curves):
+        points[x].append(y)
     kept = sorted(x for x, ys in points.items() if 2 * len(ys) >= len(curves))
-    axes.plot(kept, [statistics.median(points[x]) for x in kept], color=MEDIAN, linewidth=1.8)
+    return kept, [statistics.median(points[x]) for x in kept]
+
+
+def _all_and_median(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Every run's curve in grey, and the median of those that still run in black."""
+    axes.add_collection(LineCollection(curves[:MOST_SEEDS], colors=RUN, linewidths=0.6, alpha=0.7))
+    axes.plot(*_median(curves), color=MEDIAN, linewidth=1.8, label='median')
     axes.plot([], [], color=RUN, linewidth=0.8, label='each seed')
-    axes.plot([], [], color=MEDIAN, linewidth=1.8, label='median')
     axes.autoscale_view()
 
 
-def accuracy(runs: Sequence[FinishedRun]) -> Figure:
-    """Accuracy after each evaluation, with the target."""
-    figure, axes = _figure('epoch', 'top-1 accuracy')
-    _all_and_median(axes, [run.accuracies for run in runs])
-    target = runs[0].config['target_top1']
-    axes.axhline(target, color=TARGET, linestyle='--', linewidth=1.2, label=f'target {target:g}')
-    axes.set_ylim(0, 1)
-    axes.legend(loc='lower right')
+def quality(runs: Sequence[FinishedRun]) -> Figure:
+    """The result of each evaluation, with the target."""
+    target = runs[0].plan.target
+    figure, axes = _figure(runs[0].plan.course.unit, target.words)
+    _all_and_median(axes, [[(x, y) for x, y in run.results] for run in runs])
+    label = f'target {target.value:g}'
+    axes.axhline(target.value, color=TARGET, linestyle='--', linewidth=1.2, label=label)
+    if math.isfinite(target.largest):
+        axes.set_ylim(0, target.largest)
+    axes.legend(loc='lower right' if target.at_least else 'upper right')
     return figure
 
 
 def loss(runs: Sequence[FinishedRun]) -> Figure:
     """Training and evaluation loss."""
-    figure, axes = _figure('epoch', 'loss')
+    figure, axes = _figure(runs[0].plan.course.unit, 'loss')
     axes.set_yscale('log')
     axes.yaxis.set_major_formatter('{x:g}')
-    curves = [
-        [(line['epoch'], line['loss']) for line in run.metrics if 'loss' in line] for run in runs
-    ]
-    _all_and_median(axes, curves)
-    points = defaultdict(list)
-    for run in runs:
-        for line in run.metrics:
-            if line.get('eval_loss') is not None:
-                points[line['epoch']].append(line['eval_loss'])
-    kept = sorted(x for x, ys in points.items() if 2 * len(ys) >= len(runs))
-    medians = [statistics.median(points[x]) for x in kept]
-    axes.plot(kept, medians, color=MEDIAN, linestyle=':', linewidth=1.5, label='median, evaluation')
+    _all_and_median(axes, [curve(run, 'loss') for run in runs])
+    medians = _median([curve(run, 'eval_loss') for run in runs])
+    axes.plot(*medians, color=MEDIAN, linestyle=':', linewidth=1.5, label='median, evaluation')
     axes.legend(loc='upper right')
     return figure
 
 
-def epochs(runs: Sequence[FinishedRun], official: Sequence[int]) -> Figure:
-    """How many runs met their target after how many epochs.
-
-    Args:
-      runs: those that met it count.
-      official: epochs of the official reference's runs with the same batch; empty if none exist.
-    """
-    figure, axes = _figure('epochs to the target', 'share of the runs')
+def to_target(runs: Sequence[FinishedRun], official: Sequence[int]) -> Figure:
+    """How many runs met their target after how many units; for `official` see `draw`."""
+    figure, axes = _figure(f'{runs[0].units} to the target', 'share of the runs')
+    evaluated = [0, *(evaluation.count for evaluation in runs[0].plan.evaluations)]
+    width = 0.8 * min(after - before for before, after in itertools.pairwise(evaluated))
     for values, label, style in (
-        ([run.epochs for run in runs if run.reached], 'these runs', {'color': '#5c5c5c'}),
+        ([run.count for run in runs if run.reached], 'these runs', {'color': '#5c5c5c'}),
         (official, 'official reference', {'fill': False, 'hatch': '////', 'edgecolor': MEDIAN}),
     ):
-        counts = sorted(Counter(values).items())
-        if counts:
-            x = [epoch for epoch, _ in counts]
-            shares = [count / len(values) for _, count in counts]
+        if values:
+            counts = sorted(Counter(values).items())
+            shares = [times / len(values) for _, times in counts]
             label = f'{label} (n = {len(values)}, mean {statistics.mean(values):.2f})'
-            axes.bar(x, shares, width=0.8, label=label, **style)
+            axes.bar([x for x, _ in counts], shares, width=width, label=label, **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.25)
     axes.legend(loc='upper left')
@@ -136,24 +172,17 @@ def epochs(runs: Sequence[FinishedRun], official: Sequence[int]) -> Figure:
 
 def learning_rate(run: FinishedRun) -> Figure:
     """The rate that the optimizer used."""
-    figure, axes = _figure('epoch', 'learning rate', height=2.4)
-    lines = [line for line in run.metrics if 'learning_rate' in line]
-    axes.plot([line['epoch'] for line in lines], [line['learning_rate'] for line in lines],
-              color=MEDIAN, linewidth=1.5)  # fmt: skip
+    figure, axes = _figure(run.plan.course.unit, 'learning rate', height=2.4)
+    axes.plot(*zip(*curve(run, 'learning_rate'), strict=True), color=MEDIAN, linewidth=1.5)
     axes.set_ylim(bottom=0)
     return figure
 
 
-def images_per_second(run: FinishedRun) -> list[tuple[float, float]]:
-    """The (epoch, images per second) of training, without evaluations and pauses."""
-    lines = [line for line in run.metrics if 'images_per_second' in line]
-    return [(line['epoch'], line['images_per_second']) for line in lines]
-
-
 def throughput(runs: Sequence[FinishedRun]) -> Figure:
-    """Images per second while training."""
-    figure, axes = _figure('epoch', 'images/s', height=2.4)
-    _all_and_median(axes, [images_per_second(run) for run in runs])
+    """Examples per second of training, without evaluations and pauses."""
+    course = runs[0].plan.course
+    figure, axes = _figure(course.unit, f'{course.examples}/s', height=2.4)
+    _all_and_median(axes, [curve(run, 'examples_per_second') for run in runs])
     axes.set_ylim(bottom=0)
     axes.legend(loc='lower right')
     return figure
@@ -172,7 +201,7 @@ def time_split(run: FinishedRun) -> Mapping[str, float]:
     }
     working = run.working_seconds
     split['other work'] = max(working - sum(split.values()), 0.0)
-    return split | {'pauses, start and end': max(60 * run.minutes - working, 0.0)}
+    return split | {'pauses, start and end': max(run.seconds - working, 0.0)}
 
 
 def time_bar(split: Mapping[str, float]) -> Figure:

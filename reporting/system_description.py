@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reporting.convergence import RunError
+from reporting.finished_run import RunError
 from run_files import machine
+from settings.hyperparameters import Config
 
 # submission_status of the log -> the status of system descriptions from round 4.0 on.
 STATUS = {
@@ -68,7 +69,7 @@ def _operating_system() -> str:
     return f'{match.group(1) if match else platform.system()}, Linux {platform.release()}'
 
 
-def describe(config: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, str]:
+def describe(config: Config, environment: Mapping[str, Any]) -> dict[str, str]:
     """The system description of a run that was made on this machine.
 
     Args:
@@ -95,10 +96,10 @@ def describe(config: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[
     software = [f'{name} {version}' for name, version in versions.items() if name != 'jax']
     link = gpu['pcie.link.gen.max']
     return {
-        'submitter': config['org'],
-        'division': config['division'],
-        'status': STATUS[config['status']],
-        'system_name': config['platform'],
+        'submitter': config.org,
+        'division': config.division,
+        'status': STATUS[config.status],
+        'system_name': config.platform,
         'number_of_nodes': str(nodes),
         **processors(machine.read('/proc/cpuinfo')),
         'host_processor_caches': caches(),

@@ -5,6 +5,7 @@ The checkers of logs run in this process, which takes milliseconds; those of who
 run as the commands that people know.
 """
 
+import dataclasses
 import io
 import json
 import logging
@@ -21,11 +22,21 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.package_checker import seed_checker
 from mlperf_logging.rcp_checker import rcp_checker
 
-from reporting import convergence
-from run_files import mlperf_log
+from reporting.finished_run import FinishedRun, RunError, read_events
+from settings.errors import ConfigError
+from workloads import by_name
 
-RULESET = '4.0.0'
-RUNS_PER_RESULT = rcp_checker.submission_runs['training'][mlperf_log.BENCHMARK]
+
+def runs_per_result(benchmark: str) -> int:
+    """How many runs make a result of a benchmark.
+
+    Raises:
+      RunError: when MLPerf Training has no such benchmark.
+    """
+    known = rcp_checker.submission_runs['training']
+    if benchmark not in known:
+        raise RunError(f'{benchmark} is no benchmark of MLPerf Training: {", ".join(known)}')
+    return known[benchmark]
 
 
 def official(tool: str, *arguments: str | Path) -> tuple[bool, str]:
@@ -51,26 +62,26 @@ def _said(function: Callable[[], Any]) -> tuple[Any, str]:
         root.handlers = others
 
 
-def accepted(log: Path) -> tuple[bool, str]:
+def accepted(log: Path, ruleset: str) -> tuple[bool, str]:
     """The official compliance checker's verdict on one log."""
-    checker = mlp_compliance.make_checker('training', RULESET, quiet=False, werror=False)
-    rules = f'training_{RULESET}/common.yaml'
+    checker = mlp_compliance.make_checker('training', ruleset, quiet=False, werror=False)
+    rules = f'training_{ruleset}/common.yaml'
     (passed, *_), text = _said(lambda: mlp_compliance.main(str(log), rules, checker))
     return passed, text
 
 
-def complies(log: Path) -> tuple[bool, str]:
+def complies(log: Path, ruleset: str) -> tuple[bool, str]:
     """Whether a log can be part of a result: the checker accepts it, and it met its target.
 
     The checker alone passes an aborted run of the open division: its rules ask for a status, not
     for which.
     """
-    passed, text = accepted(log)
+    passed, text = accepted(log, ruleset)
     if not passed:
         return False, text
     try:
-        events = convergence.read_events(log)
-    except convergence.RunError as error:
+        events = read_events(log)
+    except RunError as error:
         return False, str(error)
     status = next(e for e in events if e['key'] == constants.RUN_STOP)['metadata']['status']
     if status != constants.SUCCESS:
@@ -78,17 +89,18 @@ def complies(log: Path) -> tuple[bool, str]:
     return True, text
 
 
-def seeds_differ(logs: Sequence[Path]) -> tuple[bool, str]:
+def seeds_differ(logs: Sequence[Path], ruleset: str) -> tuple[bool, str]:
     """The official seed checker's verdict on a set of logs."""
-    return _said(lambda: seed_checker.SeedChecker(RULESET).check_seeds(list(map(str, logs))))
+    return _said(lambda: seed_checker.SeedChecker(ruleset).check_seeds(list(map(str, logs))))
 
 
-def converges_as(logs: Sequence[Path], points: Mapping[str, Any]) -> tuple[bool, str]:
+def converges_as(logs: Sequence[Path], points: Mapping[str, Any], ruleset: str) -> tuple[bool, str]:
     """The official RCP checker's verdict on a set of logs, and its reason.
 
     Args:
       logs: of a result's runs.
       points: reference convergence points by name, in the official form.
+      ruleset: of MLPerf Training.
     """
     with tempfile.TemporaryDirectory() as folder:
         for number, log in enumerate(logs):
@@ -97,7 +109,7 @@ def converges_as(logs: Sequence[Path], points: Mapping[str, Any]) -> tuple[bool,
             lambda: rcp_checker.check_directory(
                 folder,
                 'training',
-                RULESET,
+                ruleset,
                 verbose=False,
                 bert_train_samples=False,
                 rcp_file=io.StringIO(json.dumps(points)),
@@ -107,7 +119,26 @@ def converges_as(logs: Sequence[Path], points: Mapping[str, Any]) -> tuple[bool,
     return passed, '; '.join(filter(None, (reason, text)))
 
 
-def official_points() -> dict[str, Any]:
-    """The reference convergence points of the ruleset, as mlperf-logging carries them."""
-    folder = Path(rcp_checker.__file__).parent / f'training_{RULESET}'
-    return json.loads((folder / f'rcps_{mlperf_log.BENCHMARK}.json').read_text())
+def official_points(benchmark: str, ruleset: str) -> dict[str, Any]:
+    """The reference convergence points that mlperf-logging carries; empty if it has none."""
+    folder = Path(rcp_checker.__file__).parent / f'training_{ruleset}'
+    path = folder / f'rcps_{benchmark}.json'
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def official_counts(run: FinishedRun) -> list[int]:
+    """Where the official reference's runs with the same batch and optimizer met the target.
+
+    Empty unless the run's configuration is one that the closed division allows.
+    """
+    try:
+        by_name.configure(dataclasses.asdict(run.config), {'division': 'closed', 'seed': 'none'})
+    except ConfigError:
+        return []
+    return [
+        count
+        for point in official_points(run.config.benchmark, run.ruleset).values()
+        if point['BS'] == run.config.global_batch_size
+        and point['Hyperparams'].get('optimizer', run.config.optimizer) == run.config.optimizer
+        for count in point['Epochs to converge']
+    ]

@@ -15,10 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-from mlperf_logging.mllog import constants
-
-from reporting import convergence, verdicts
-from reporting.convergence import FinishedRun, LogRejectedError, RunError
+from reporting import finished_run, verdicts
+from reporting.finished_run import FinishedRun, LogRejectedError, RunError
 
 
 def user() -> str:
@@ -31,18 +29,18 @@ def user() -> str:
 
 def times(run: FinishedRun) -> str:
     """How long a run took, and how much of it was work."""
-    seconds = 60 * run.minutes
-    text = f'{seconds:.1f} s from run_start to run_stop'
+    text = f'{run.seconds:.1f} s from run_start to run_stop'
     try:
         working = run.working_seconds
     except RunError as error:
         return f'{text}; how much of it was training and evaluation is not known: {error}'
-    rate = run.epochs * run.logged(constants.TRAIN_SAMPLES) / max(working, 1e-3)
     text += f', of which {working:.1f} s of training, evaluation and checkpoints'
     starts = run.environment.get('starts', 1)
     if starts > 1:
         text += f'; interrupted {"once" if starts == 2 else f"{starts - 1} times"}'
-    return f'{text}\nspeed      {rate:,.0f} images/s in that time'
+    course = run.plan.course
+    rate = run.count * course.examples_per_unit / max(working, 1e-3)
+    return f'{text}\nspeed      {rate:,.0f} {course.examples}/s in that time'
 
 
 def main(arguments: list[str]) -> int:
@@ -53,25 +51,28 @@ def main(arguments: list[str]) -> int:
     parser.add_argument('workdir', type=Path, metavar='WORKDIR')
     workdir = parser.parse_args(arguments).workdir
     try:
-        run = convergence.read_run(workdir)
+        run = finished_run.read_run(workdir)
     except LogRejectedError as error:
         print(f'log        REJECTED: {error}')
         return 1
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    good, said = verdicts.accepted(run.log)
+    good, said = verdicts.accepted(run.log, run.ruleset)
     verdict = 'accepted' if good else 'REJECTED'
-    print(f'log        {run.log}: {verdict} by the compliance checker ({verdicts.RULESET})')
+    print(f'log        {run.log}: {verdict} by the compliance checker ({run.ruleset})')
     if not good:
         print(said)
-    top1s = [top1 for _, top1 in run.accuracies]
-    print(f'accuracy   {top1s[-1]:.5f} top-1 after epoch {run.epochs} (best {max(top1s):.5f})')
-    print(f'target     {"reached" if run.reached else "MISSED"}')
+    target, qualities = run.plan.target, [quality for _, quality in run.results]
+    print(
+        f'quality    {target.words} {qualities[-1]:.5f} at {run.plan.course.unit} {run.count} '
+        f'(best {target.best(qualities):.5f})'
+    )
+    print(f'target     {target.value:g} {"reached" if run.reached else "MISSED"}')
     print(f'time       {times(run)}')
     begun = datetime.datetime.fromtimestamp(run.start_ms / 1000, datetime.UTC)
     print(
-        f'RESULT,{run.config["dataset"]},{run.config["seed"]},{60 * run.minutes:.0f},{user()},'
+        f'RESULT,{run.config.dataset},{run.config.seed},{run.seconds:.0f},{user()},'
         f'{begun:%Y-%m-%d %H:%M:%S}'
     )
     return 0 if run.reached and good else 1

@@ -21,12 +21,9 @@ from typing import Any
 
 from mlperf_logging.rcp_checker import rcp_checker
 
-from reporting import convergence, verdicts
-from reporting.convergence import FinishedRun, RunError
-from run_files import mlperf_log
+from reporting import run_sets, verdicts
+from reporting.finished_run import FinishedRun, RunError
 from settings import hyperparameters
-
-SMALLEST_SET = 2 * verdicts.RUNS_PER_RESULT  # MLPerf training rules: twice a result's runs.
 
 
 def check(runs: Sequence[FinishedRun]) -> None:
@@ -36,26 +33,26 @@ def check(runs: Sequence[FinishedRun]) -> None:
       RunError: saying why they cannot.
     """
     folder = runs[0].directory.parent
-    convergence.reject_mixture(runs)
+    run_sets.reject_mixture(runs)
+    # MLPerf training rules: twice a result's runs.
+    smallest = 2 * verdicts.runs_per_result(runs[0].config.benchmark)
     missed = [run.directory.name for run in runs if not run.reached]
     if missed:
         raise RunError(
             f'{len(missed)} of {len(runs)} runs in {folder} did not meet their target '
             f'({", ".join(missed[:5])}): a recipe that is not stable makes no reference point'
         )
-    if len(runs) < SMALLEST_SET:
+    if len(runs) < smallest:
         raise RunError(
-            f'a reference point takes at least {SMALLEST_SET} runs; {folder} holds {len(runs)}. '
-            f'This makes the others:\n  {convergence.repeat(runs[0], SMALLEST_SET, folder)}'
+            f'a reference point takes at least {smallest} runs; {folder} holds {len(runs)}. '
+            f'This makes the others:\n  {run_sets.repeat(runs[0], smallest, folder)}'
         )
     commit = runs[0].environment['commit']
     if commit == 'unknown' or commit.endswith('-dirty'):
         raise RunError(
             f'the code version of the runs in {folder} is {commit}: nobody could run it again. '
             'Commit the code, and repeat the runs from there in another folder:\n  '
-            + convergence.repeat(
-                runs[0], SMALLEST_SET, folder.with_name(f'{folder.name}-committed')
-            )
+            + run_sets.repeat(runs[0], smallest, folder.with_name(f'{folder.name}-committed'))
         )
 
 
@@ -63,7 +60,8 @@ def point(runs: Sequence[FinishedRun], creator: str) -> dict[str, Any]:
     """The reference convergence point of a set of runs that `check` has passed."""
     first = runs[0]
     logged = hyperparameters.logged(first.config)
-    names = {entry.log_key for entry in hyperparameters.TABLE if entry.group == 'run'}
+    fields = hyperparameters.table(type(first.config)).values()
+    names = {entry.log_key for entry in fields if entry.group == 'run'}
     names |= {'seed', 'global_batch_size'}
     newest = max(run.events[-1]['time_ms'] for run in runs)
     day = datetime.datetime.fromtimestamp(newest / 1000, datetime.UTC)
@@ -72,44 +70,66 @@ def point(runs: Sequence[FinishedRun], creator: str) -> dict[str, Any]:
     processor = facts.get('processor') if isinstance(facts, Mapping) else None
     kind = environment['device_kind'] + (f' ({processor})' if processor else '')
     return {
-        'Benchmark': mlperf_log.BENCHMARK,
+        'Benchmark': first.config.benchmark,
         'Creator': creator,
         'When': f'{day:%Y-%m-%d}',
-        'Platform': f'{first.config["platform"]}: {environment["devices"]} × '
+        'Platform': f'{first.config.platform}: {environment["devices"]} × '
         f'{kind}, JAX {environment["versions"]["jax"]}',
-        'BS': first.config['global_batch_size'],
+        'BS': first.config.global_batch_size,
         'Hyperparams': {key: value for key, value in logged.items() if key not in names},
-        'Epochs to converge': [run.epochs for run in runs],
-        'Model': first.config['model'],
-        'Precision': first.config['dtype'],
-        'Target': first.config['target_top1'],
+        'Epochs to converge': [run.count for run in runs],
+        'Model': first.config.model,
+        'Precision': first.config.dtype,
+        'Target': first.plan.target.value,
         'Code version': environment['commit'],
         'Data': environment['dataset'],
     }
 
 
-def with_statistics(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def with_statistics(
+    points: Mapping[str, Mapping[str, Any]], benchmark: str, ruleset: str
+) -> dict[str, dict[str, Any]]:
     """Points with the official checker's statistics of them.
 
     RCP Mean leaves out the fastest and the slowest run. RCP Stdev is the population's (divided by
-    n, not n - 1), of all runs. A result whose own mean (of five runs, again without fastest and
-    slowest) is below Min Epochs is rejected.
+    n, not n - 1), of all runs. A result whose own mean (again without fastest and slowest) is below
+    Min Epochs is rejected.
     """
-    checker = rcp_checker.RCP_Checker(
-        'training',
-        verdicts.RULESET,
-        mlperf_log.BENCHMARK,
-        False,
-        io.StringIO(json.dumps(points)),
-    )
-    statistics = {
-        name: {
-            key: round(float(checker.rcp_data[name][key]), 4)
-            for key in ('RCP Mean', 'RCP Stdev', 'Min Epochs')
-        }
-        for name in points
+    file = io.StringIO(json.dumps(points))
+    checker = rcp_checker.RCP_Checker('training', ruleset, benchmark, False, file)
+    names = ('RCP Mean', 'RCP Stdev', 'Min Epochs')
+    return {
+        name: dict(point) | {key: round(float(checker.rcp_data[name][key]), 4) for key in names}
+        for name, point in points.items()
     }
-    return {name: dict(points[name]) | statistics[name] for name in points}
+
+
+def make(sets: Mapping[Path, Sequence[FinishedRun]], creator: str | None) -> dict[str, Any]:
+    """The reference convergence points of sets of runs, by name.
+
+    Args:
+      sets: the runs by folder.
+      creator: None: the runs' organisation.
+
+    Raises:
+      RunError: when a set makes no point, or two do not belong into one file.
+    """
+    points: dict[str, dict[str, Any]] = {}
+    first, *_ = next(iter(sets.values()))
+    benchmark = first.config.benchmark
+    for directory, runs in sets.items():
+        check(runs)
+        if runs[0].config.benchmark != benchmark:
+            raise RunError(f'{directory} is not of the benchmark {benchmark}, as the first folder')
+        record = point(runs, creator or runs[0].config.org)
+        name = f'{benchmark}_ref_{record["BS"]}'
+        if name in points:
+            raise RunError(
+                f'{directory} is a second experiment with a batch of {record["BS"]}; the '
+                'official form has one point for each'
+            )
+        points[name] = record
+    return with_statistics(points, benchmark, first.ruleset)
 
 
 def main(arguments: list[str]) -> int:
@@ -121,29 +141,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument('--out', type=Path, help='default: rcps.json in the first DIR')
     parser.add_argument('--creator', help="default: the runs' organisation")
     flags = parser.parse_args(arguments)
-    points: dict[str, dict[str, Any]] = {}
     try:
-        for directory in flags.directories:
-            runs = convergence.read_runs(directory)
-            check(runs)
-            record = point(runs, flags.creator or runs[0].config['org'])
-            name = f'{mlperf_log.BENCHMARK}_ref_{record["BS"]}'
-            if name in points:
-                raise RunError(
-                    f'{directory} is a second experiment with a batch of {record["BS"]}; the '
-                    'official form has one point for each'
-                )
-            points[name] = record
-        points = with_statistics(points)
+        sets = {directory: run_sets.read_runs(directory) for directory in flags.directories}
+        points = make(sets, flags.creator)
         out = flags.out or flags.directories[0] / 'rcps.json'
         out.write_text(json.dumps(points, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
+    first, *_ = sets[flags.directories[0]]
     for name, record in points.items():
-        epochs = record['Epochs to converge']
+        counts = record['Epochs to converge']
         print(
-            f'{name}: {len(epochs)} runs, {convergence.spread(epochs)}\n'
+            f'{name}: {len(counts)} runs, {run_sets.spread(counts, first.units)}\n'
             '  by the official checker: mean without fastest and slowest '
             f"{record['RCP Mean']:.2f}, population's standard deviation "
             f'{record["RCP Stdev"]:.2f}, smallest passing mean {record["Min Epochs"]:.2f}'
@@ -152,7 +162,7 @@ def main(arguments: list[str]) -> int:
     print(
         f'written to {out}; this uses it:\n  python -m mlperf_logging.rcp_checker {rcps} DIR\n'
         'DIR holds result_N.txt, as scripts/package_submission.py makes it: '
-        'submission/ORG/results/SYSTEM/resnet'
+        f'submission/ORG/results/SYSTEM/{first.config.benchmark}'
     )
     return 0
 

@@ -3,12 +3,13 @@
 
     package_submission.py DIR --org=ORG --system=SYSTEM [--out=DIR] [--system_description=FILE]
 
-DIR holds the work directories of one experiment (see run_seeds.py); the first five by name are the
-result. Everything is checked first, and what is missing is named; then OUT/ORG is written:
+DIR holds the work directories of one experiment (see run_seeds.py); the first by name, as many as
+the benchmark asks for, are the result. Everything is checked first, and what is missing is named;
+then OUT/ORG is written:
 
     systems/SYSTEM.json                     what the system is, read from this machine
-    results/SYSTEM/resnet/result_0…4.txt    the logs, byte for byte
-    benchmarks/resnet/implementations/…     the code of the runs, from git
+    results/SYSTEM/BENCHMARK/result_N.txt   the logs, byte for byte
+    benchmarks/BENCHMARK/implementations/…  the code of the runs, from git
 
 ORG and SYSTEM must be what the logs say. They are set before the runs:
 
@@ -19,6 +20,7 @@ Exit status: 0 the official checkers accept the tree, 1 they do not, 2 there is 
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -30,43 +32,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlperf_logging.mllog import constants
-
-from reporting import convergence, system_description, verdicts
-from reporting.convergence import FinishedRun, RunError
-from reporting.verdicts import RULESET, RUNS_PER_RESULT
-from run_files import mlperf_log
-from settings import json_object
+from reporting import run_sets, system_description, verdicts
+from reporting.finished_run import FinishedRun, RunError
+from settings import loading
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def choose(runs: Sequence[FinishedRun], org: str, system: str) -> list[FinishedRun]:
-    """The runs of the result: the first five, unchosen.
+    """The runs of the result: as many as the benchmark asks for, from the first on.
 
     Raises:
       RunError: naming everything that keeps them from being a result.
     """
     folder = runs[0].directory.parent
-    convergence.reject_mixture(runs)
+    run_sets.reject_mixture(runs)
+    number = verdicts.runs_per_result(runs[0].config.benchmark)
     problems = []
-    if len(runs) < RUNS_PER_RESULT:
+    if len(runs) < number:
         problems.append(
-            f'{len(runs)} of {RUNS_PER_RESULT} runs are there. This makes the others:\n    '
-            + convergence.repeat(runs[0], RUNS_PER_RESULT, folder)
+            f'{len(runs)} of {number} runs are there. This makes the others:\n    '
+            + run_sets.repeat(runs[0], number, folder)
         )
-    runs = runs[:RUNS_PER_RESULT]
+    runs = runs[:number]
     missed = [run.directory.name for run in runs if not run.reached]
     if len(missed) > 1:
         problems.append(f'{len(missed)} runs missed their target ({", ".join(missed)}); one may')
-    logged = [
-        (run.logged(constants.SUBMISSION_ORG), run.logged(constants.SUBMISSION_PLATFORM))
-        for run in runs
-    ]
+    logged = [(run.config.org, run.config.platform) for run in runs]
     others = [names for names in logged if names != (org, system)]
     if others:
-        remedy = convergence.repeat(
-            runs[0], RUNS_PER_RESULT, folder.with_name(f'{folder.name}-renamed'),
+        remedy = run_sets.repeat(
+            runs[0], number, folder.with_name(f'{folder.name}-renamed'),
             f'--config.org={org}', f'--config.platform={system}',
         )  # fmt: skip
         problems.append(
@@ -75,7 +71,7 @@ def choose(runs: Sequence[FinishedRun], org: str, system: str) -> list[FinishedR
             f'them as such, or repeat the runs with other names:\n    {remedy}'
         )
     for run in runs:
-        accepted, text = verdicts.complies(run.log)
+        accepted, text = verdicts.accepted(run.log, run.ruleset)
         if not accepted and run.reached:
             problems.append(f'{run.log} is rejected by the compliance checker:\n{text}')
     if problems:
@@ -96,18 +92,6 @@ def check_name(flag: str, name: str) -> None:
         )
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """A system description from a JSON file.
-
-    Raises:
-      RunError: when it is none.
-    """
-    try:
-        return json_object.read(path)
-    except ValueError as error:
-        raise RunError(f'the system description cannot be used: {error}') from error
-
-
 def code_of(commit: str) -> bytes:
     """The tracked files of a commit, as a tar archive.
 
@@ -124,57 +108,52 @@ def code_of(commit: str) -> bytes:
     return done.stdout
 
 
-def unpack(archive: bytes, to: Path) -> None:
-    """Unpacks code, without the dot-files that the official repository checker rejects."""
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        members = [
-            member
-            for member in tar.getmembers()
-            if not any(part.startswith('.') for part in Path(member.name).parts)
-        ]
-        tar.extractall(to, members, filter='data')
-
-
 def write(
     tree: Path, runs: Sequence[FinishedRun], description: Mapping[str, Any], archive: bytes
 ) -> None:
     """Writes the submission tree of one organisation."""
-    system, benchmark = runs[0].logged(constants.SUBMISSION_PLATFORM), mlperf_log.BENCHMARK
-    results = tree / 'results' / system / benchmark
+    config = runs[0].config
+    results = tree / 'results' / config.platform / config.benchmark
     results.mkdir(parents=True)
     for number, run in enumerate(runs):
         shutil.copyfile(run.log, results / f'result_{number}.txt')
     systems = tree / 'systems'
     systems.mkdir()
-    (systems / f'{system}.json').write_text(json.dumps(description, indent=2) + '\n')
-    code = tree / 'benchmarks' / benchmark / 'implementations' / f'{system}-jax'
+    (systems / f'{config.platform}.json').write_text(json.dumps(description, indent=2) + '\n')
+    code = tree / 'benchmarks' / config.benchmark / 'implementations' / f'{config.platform}-jax'
     code.mkdir(parents=True)
-    unpack(archive, code)
-    (code / 'run_config.json').write_text(
-        json.dumps(dict(runs[0].config) | {'seed': None}, indent=2) + '\n'
-    )
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        # The official repository checker rejects dot-files.
+        members = [
+            member
+            for member in tar.getmembers()
+            if not any(part.startswith('.') for part in Path(member.name).parts)
+        ]
+        tar.extractall(code, members, filter='data')
+    repeated = dataclasses.asdict(config) | {'seed': None}
+    (code / 'run_config.json').write_text(json.dumps(repeated, indent=2) + '\n')
 
 
-def judge(tree: Path) -> tuple[float | None, str]:
+def judge(tree: Path, benchmark: str, ruleset: str) -> tuple[float | None, str]:
     """The verdicts of the official package checker and result summarizer on a submission tree.
 
     Returns:
       The result in minutes, None if the tree is rejected; and what the checkers said.
     """
-    _, said = verdicts.official('package_checker', tree.resolve(), 'training', RULESET)
+    arguments = (tree.resolve(), 'training', ruleset)
+    _, said = verdicts.official('package_checker', *arguments)
     if 'PACKAGE CHECKER FOUND NO ERRORS' not in said:
         return None, said
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / 'summary.csv'
-        arguments = (tree.resolve(), 'training', RULESET, '--csv', table)
-        succeeded, said = verdicts.official('result_summarizer', *arguments)
+        succeeded, said = verdicts.official('result_summarizer', *arguments, '--csv', table)
         if not succeeded or 'ERROR' in said or not table.exists():
             return None, said
         with table.open() as file:
             rows = list(csv.DictReader(file))
-    if len(rows) != 1 or not rows[0][mlperf_log.BENCHMARK]:
+    if len(rows) != 1 or not rows[0][benchmark]:
         return None, f'the result summarizer found no result:\n{said}'
-    return float(rows[0][mlperf_log.BENCHMARK]), 'package_checker, result_summarizer: SUCCESS'
+    return float(rows[0][benchmark]), 'package_checker, result_summarizer: SUCCESS'
 
 
 def main(arguments: list[str]) -> int:
@@ -192,15 +171,16 @@ def main(arguments: list[str]) -> int:
     try:
         check_name('org', flags.org)
         check_name('system', flags.system)
-        runs = choose(convergence.read_runs(flags.directory), flags.org, flags.system)
+        runs = choose(run_sets.read_runs(flags.directory), flags.org, flags.system)
+        first = runs[0]
         if tree.exists():
             raise RunError(f'{tree} is there already; remove it, or choose another --out')
         if flags.system_description:
-            description = read_description(flags.system_description)
+            description = loading.read_object(flags.system_description)
         else:
-            description = system_description.describe(runs[0].config, runs[0].environment)
-        write(tree, runs, description, code_of(runs[0].environment['commit']))
-        minutes, said = judge(tree)
+            description = system_description.describe(first.config, first.environment)
+        write(tree, runs, description, code_of(first.environment['commit']))
+        minutes, said = judge(tree, first.config.benchmark, first.ruleset)
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

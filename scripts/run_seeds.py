@@ -4,7 +4,7 @@
     run_seeds.py --config=configs/digits.py --runs=N [--jobs=J] [--out=DIR] [--config.NAME=VALUE …]
 
 Run i has the work directory DIR/i and appends its output to DIR/i.txt. The same command resumes:
-finished runs are kept, whether they met their target or not; interrupted ones resume from their
+finished runs are kept, whether they met their target or not; interrupted ones continue from their
 checkpoint with their seed. One that cannot resume counts as failed and is left alone.
 Ctrl-C, SIGTERM and SIGHUP let the runs save and end; should this program itself be killed, the
 system sends them SIGTERM.
@@ -13,7 +13,6 @@ Exit status: 0 all runs met their target, 1 some did not, 2 rejected, 3 some fai
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -22,74 +21,51 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import main as program
-from reporting import convergence
-from scripts import launch
-from settings import hyperparameters
+from tqdm import tqdm
+
+from reporting import finished_run, run_sets
+from scripts import end_with_parent
+from settings import errors, hyperparameters, loading
+from settings.command_line import DEFAULT_CONFIG
+from settings.hyperparameters import Config
+from workloads import by_name
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB_PER_RUN = 2  # What a small run needs; the default number of jobs is meant for small runs.
 
 
-@dataclasses.dataclass
-class Tally:
-    """How the runs ended so far."""
+class Display:
+    """A bar with the time left on a terminal, a line for every finished run elsewhere.
 
-    reached: int = 0
-    missed: int = 0
-    failed: int = 0
-
-    def add(self, status: int) -> None:
-        """Counts a run by its exit status."""
-        if status == program.EXIT_REACHED:
-            self.reached += 1
-        elif status == program.EXIT_MISSED:
-            self.missed += 1
-        else:
-            self.failed += 1
-
-    @property
-    def done(self) -> int:
-        """Runs that will not be tried again."""
-        return self.reached + self.missed + self.failed
-
-
-class Bar:
-    """A bar with the time left on a terminal, a line for every finished run elsewhere."""
+    Args:
+      runs: in all.
+      kept: that had ended before.
+    """
 
     def __init__(self, runs: int, kept: int):
         self._runs, self._kept, self._started = runs, kept, time.monotonic()
-        self._terminal = sys.stdout.isatty()
-        self._shown, self._seconds_at = -1, self._started
+        self._terminal, self._shown = sys.stdout.isatty(), -1
 
-    def show(self, tally: Tally, running: int) -> None:
-        """Shows the tally."""
-        if tally.done != self._shown:
-            self._shown, self._seconds_at = tally.done, time.monotonic()
-        elif not self._terminal:
+    def show(self, ended: list[int], running: int) -> None:
+        """Shows how runs ended, by their exit statuses, and how many are running."""
+        if len(ended) == self._shown and not self._terminal:
             return
-        new, left = tally.done - self._kept, ''
-        if new:
-            each = (self._seconds_at - self._started) / new
-            rest = each * (self._runs - tally.done) - (time.monotonic() - self._seconds_at)
-            seconds = max(round(rest), 0)
-            left = f', {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left'
-        words = (
-            f'{tally.done}/{self._runs} runs, {tally.reached} reached the target, '
-            f'{tally.missed} missed it, {tally.failed} failed; {running} running{left}'
+        self._shown = len(ended)
+        reached, missed = ended.count(errors.REACHED), ended.count(errors.MISSED)
+        text = tqdm.format_meter(
+            len(ended),
+            self._runs,
+            time.monotonic() - self._started,
+            # A line that wraps could not be drawn over.
+            ncols=shutil.get_terminal_size().columns - 1 if self._terminal else None,
+            ascii='.#',
+            bar_format=('[{bar}] ' if self._terminal else '') + '{desc}, {remaining} left',
+            prefix=f'{len(ended)}/{self._runs} runs, {reached} reached the target, {missed} '
+            f'missed it, {len(ended) - reached - missed} failed; {running} running',
+            initial=self._kept,
         )
-        if not self._terminal:
-            print(words, flush=True)
-            return
-        # The bar has what the terminal leaves; a line that wraps could not be drawn over.
-        columns = shutil.get_terminal_size().columns - 1
-        width = min(30, columns - len(words) - 3)
-        if width >= 5:
-            filled = width * tally.done // self._runs
-            words = f'[{"#" * filled}{"." * (width - filled)}] {words}'
-        print(f'\r\x1b[K{words[:columns]}', end='', flush=True)
+        print(f'\r\x1b[K{text}' if self._terminal else f'{text}\n', end='', flush=True)
 
     def close(self) -> None:
         """Leaves the line."""
@@ -105,71 +81,77 @@ def default_jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)) // 2, int(memory / GIB_PER_RUN)))
 
 
-def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The program's own flags, and the fields for main.py."""
+def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The program's own flags, and the configuration's fields for main.py, as texts by name."""
+    own, overrides = loading.split(arguments)
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--config', default='configs/digits.py', help='FILE.py or FILE.py:ARGUMENT')
+    parser.add_argument('--config', default=DEFAULT_CONFIG, help='FILE.py or FILE.py:ARGUMENT')
     parser.add_argument('--runs', type=int, required=True, metavar='N', help='in all')
     parser.add_argument('--jobs', type=int, metavar='J', help='at a time (default: what fits)')
     parser.add_argument('--out', type=Path, help='folder of the runs (default: runs/NAME-seeds)')
-    flags, fields = parser.parse_known_args(arguments)
-    strangers = [field for field in fields if not field.startswith(program.FLAG)]
-    if strangers:
-        parser.error(f'unknown argument {strangers[0]}')
+    flags = parser.parse_args(own)
     if flags.runs < 1 or (flags.jobs is not None and flags.jobs < 1):
         parser.error('--runs and --jobs must be at least 1')
     name = Path(flags.config.partition(':')[0]).stem
     flags.out = flags.out or ROOT / 'runs' / f'{name}-seeds'
     flags.jobs = flags.jobs or default_jobs()
-    return flags, fields
+    return flags, overrides
 
 
-def resolve(specification: str, fields: list[str]) -> Mapping[str, Any]:
+def resolve(specification: str, overrides: Mapping[str, str]) -> Config:
     """The configuration of the runs.
 
     Raises:
-      ValueError: when it has faults, or fixes the seed.
+      ConfigError: when it has errors, or fixes the seed.
     """
-    overrides = dict(field.removeprefix(program.FLAG).partition('=')[::2] for field in fields)
-    config = hyperparameters.resolve(program.load_config(specification), overrides)
-    if config['seed'] is not None:
-        raise ValueError('every run draws its own seed; leave out --config.seed')
+    config = by_name.configure(loading.load(specification), overrides)
+    if config.seed is not None:
+        raise errors.ConfigError('every run draws its own seed; leave out --config.seed')
     return config
 
 
-def finished(directory: Path, config: Mapping[str, Any]) -> int | None:
+def finished(directory: Path, config: Config) -> int | None:
     """The exit status of the run in a work directory; None if it has not ended, or is not whole.
 
     Raises:
       ValueError: when it is a run of another configuration.
     """
     try:
-        theirs = json.loads((directory / 'config.json').read_text())
-    except (OSError, ValueError):  # Not begun, or damaged, which main.py will say.
+        theirs = loading.read_object(directory / 'config.json')
+    except ValueError:  # Not begun, or damaged, which main.py will say.
         return None
-    differences = hyperparameters.differences(dict(config) | {'seed': theirs.get('seed')}, theirs)
+    ours = dataclasses.replace(config, seed=theirs.get('seed'))
+    differences = hyperparameters.differences(ours, theirs)
     if differences:
         raise ValueError(
             f'{directory} holds a run of another configuration ({"; ".join(differences)}); choose '
             'another folder with --out'
         )
     try:
-        run = convergence.read_run(directory)
-    except convergence.RunError:
+        run = finished_run.read_run(directory)
+    except finished_run.RunError:
         return None
-    return program.EXIT_REACHED if run.reached else program.EXIT_MISSED
+    return errors.REACHED if run.reached else errors.MISSED
 
 
 class Seeds:
-    """The runs of a folder: what is to do, what runs, and how it ended."""
+    """The runs of a folder.
 
-    def __init__(self, flags: argparse.Namespace, fields: list[str], config: Mapping[str, Any]):
-        self._flags, self._fields = flags, fields
-        self.tally = Tally()
+    Attributes:
+      waiting: work directories of runs that are still to be started or resumed.
+      running: the processes of those that run.
+      ended: exit statuses of those that will not be tried again.
+      asked: whether a signal asked for the end.
+      stopped: whether the runs were told.
+    """
+
+    def __init__(self, flags: argparse.Namespace, command: list[str], config: Config):
+        self._jobs, self._command = flags.jobs, command
+        self.ended: list[int] = []
         self.waiting: list[Path] = []
         self.running: dict[Path, subprocess.Popen] = {}
         self.asked = self.stopped = False
@@ -180,52 +162,49 @@ class Seeds:
             if status is None:
                 self.waiting.append(directory)
             else:
-                self.tally.add(status)
+                self.ended.append(status)
 
     def start(self, directory: Path) -> None:
-        """Starts, or goes on with, the run of a work directory."""
-        command = [sys.executable, str(ROOT / 'main.py'), f'--config={self._flags.config}']
-        command += [f'--workdir={directory}', *self._fields]
+        """Starts, or resumes, the run of a work directory."""
         with directory.with_suffix('.txt').open('a') as output:
             # A session of its own: Ctrl-C reaches this program alone, which passes it on once.
             self.running[directory] = subprocess.Popen(
-                command,
+                end_with_parent.wrap([*self._command, f'--workdir={directory}']),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=launch.end_with_parent,
             )
 
     def collect(self) -> None:
         """Takes note of the runs that ended.
 
         Raises:
-          ValueError: when a new one was refused, for all would be.
+          RejectedError: when a new one was rejected, for all would be.
         """
         for directory, process in list(self.running.items()):
             status = process.poll()
             if status is None:
                 continue
             del self.running[directory]
-            if self.stopped and status not in (program.EXIT_REACHED, program.EXIT_MISSED):
+            if self.stopped and status not in (errors.REACHED, errors.MISSED):
                 continue
-            if status == program.EXIT_REFUSED:
-                self._refused(directory)
+            if status == errors.REJECTED:
+                self._rejected(directory)
             else:
-                self.tally.add(status)
+                self.ended.append(status)
 
-    def _refused(self, directory: Path) -> None:
+    def _rejected(self, directory: Path) -> None:
         said = directory.with_suffix('.txt').read_text().strip().splitlines()
-        text = f'run {directory.name} was refused: {said[-1] if said else "no word"}'
+        text = f'run {directory.name} was rejected: {said[-1] if said else "no word"}'
         if not (directory / 'config.json').exists():
-            raise ValueError(text)
+            raise errors.RejectedError(text)
         # It may be in use and healthy, so nothing is moved here.
         print(
             f'\n{text}. If it is damaged, rename {directory} to '
-            f'{directory.name}{convergence.DAMAGED}1: the same command then repeats it',
+            f'{directory.name}{run_sets.DAMAGED}1: the same command then repeats it',
             flush=True,
         )
-        self.tally.add(program.EXIT_REFUSED)
+        self.ended.append(errors.REJECTED)
 
     def ask(self, *_) -> None:
         """The handler of signals: the loop acts on it where nothing is half done."""
@@ -240,46 +219,50 @@ class Seeds:
         for process in self.running.values():
             process.send_signal(signal.SIGTERM)
 
-    def to_the_end(self, bar: Bar) -> None:
+    def to_the_end(self, display: Display) -> None:
         """Keeps the jobs busy until all is done."""
         try:
             while self.waiting or self.running:
                 if self.asked:
                     self.stop()
-                while self.waiting and len(self.running) < self._flags.jobs:
+                while self.waiting and len(self.running) < self._jobs:
                     self.start(self.waiting.pop(0))
-                bar.show(self.tally, len(self.running))
+                display.show(self.ended, len(self.running))
                 time.sleep(0.2)
                 self.collect()
-            bar.show(self.tally, 0)
+            display.show(self.ended, 0)
         finally:
             if self.running:
                 self.stop()
             for process in self.running.values():
                 process.wait()
-            bar.close()
+            display.close()
 
 
-def main(arguments: list[str]) -> int:
-    """The program; its exit status."""
-    flags, fields = parse_flags(arguments)
+def main(arguments: list[str], program: Path = ROOT / 'main.py') -> int:
+    """Runs `program` with many seeds; the exit status."""
+    flags, overrides = parse_flags(arguments)
+    command = [sys.executable, str(program), f'--config={flags.config}']
+    command += [f'{loading.FLAG}{name}={text}' for name, text in overrides.items()]
     try:
-        config = resolve(flags.config, fields)
+        config = resolve(flags.config, overrides)
         flags.out.mkdir(parents=True, exist_ok=True)
-        seeds = Seeds(flags, fields, config)
+        seeds = Seeds(flags, command, config)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # As nohup leaves it.
                 signal.signal(number, seeds.ask)
-        seeds.to_the_end(Bar(flags.runs, seeds.tally.done))
-    except (ValueError, OSError) as error:
-        return program.complain(error, program.EXIT_REFUSED)
+        seeds.to_the_end(Display(flags.runs, len(seeds.ended)))
+    except (errors.RejectedError, ValueError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr, flush=True)
+        return errors.REJECTED
     if seeds.stopped:
-        print(f'{flags.out}: interrupted; the same command goes on', flush=True)
-        return program.EXIT_INTERRUPTED
-    if seeds.tally.failed:
-        print(f'{flags.out}: {seeds.tally.failed} runs failed; see {flags.out}/*.txt', flush=True)
-        return program.EXIT_FAILED
-    return program.EXIT_MISSED if seeds.tally.missed else program.EXIT_REACHED
+        print(f'{flags.out}: interrupted; the same command resumes the runs', flush=True)
+        return errors.INTERRUPTED
+    failed = sum(status not in (errors.REACHED, errors.MISSED) for status in seeds.ended)
+    if failed:
+        print(f'{flags.out}: {failed} runs failed; see {flags.out}/*.txt', flush=True)
+        return errors.FAILED
+    return max(seeds.ended)
 
 
 if __name__ == '__main__':

@@ -12,39 +12,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from settings import hyperparameters
-from settings.hyperparameters import Hyperparameter
+from settings.hyperparameters import Field
+from workloads.resnet.fields import ResNetConfig
 
 BEGIN, END = '<!-- hyperparameters -->', '<!-- /hyperparameters -->'
 README = Path(__file__).resolve().parents[2] / 'README.md'
 
 
-def _log_keys(entry: Hyperparameter) -> str:
-    if entry.log_key is None:
-        return ''
-    if isinstance(entry.log_key, str):
-        return f'`{entry.log_key}`'
-    return ', '.join(f'`{key}`' for key in dict.fromkeys(entry.log_key.values()))
-
-
-def _optimizer(entry: Hyperparameter) -> str:
-    """The optimizer that alone has a field, as its log keys say; empty if all have it."""
-    if isinstance(entry.log_key, Mapping) and len(entry.log_key) == 1:
-        return next(iter(entry.log_key)).upper()
-    return ''
+def _row(entry: Field) -> str:
+    rule, meaning, keys = entry.rule.words, entry.help, entry.log_key
+    if entry.optional:
+        rule += '; or none'
+    if isinstance(keys, Mapping) and len(keys) == 1:
+        meaning = f'{next(iter(keys)).upper()} only. {meaning}'
+    logged = keys.values() if isinstance(keys, Mapping) else filter(None, [keys])
+    shown = ', '.join(f'`{key}`' for key in dict.fromkeys(logged))
+    cells = (f'`{entry.name}`', rule, shown, meaning)
+    return '| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |'
 
 
 def table() -> str:
     """The fields that decide what is computed, as a Markdown table, with their tuning rules."""
-    lines = ['| field | rule | log key | meaning |', '|---|---|---|---|']
-    for entry in hyperparameters.TABLE:
-        if entry.group != 'benchmark':
-            continue
-        rule = f'{entry.rule.words}; or none' if entry.optional else entry.rule.words
-        only = _optimizer(entry)
-        meaning = f'{only} only. {entry.help}' if only else entry.help
-        cells = (f'`{entry.name}`', rule, _log_keys(entry), meaning)
-        lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
-    return '\n'.join(lines)
+    fields = hyperparameters.table(ResNetConfig).values()
+    rows = [_row(entry) for entry in fields if entry.group == 'benchmark']
+    return '\n'.join(['| field | rule | log key | meaning |', '|---|---|---|---|', *rows])
 
 
 def updated(text: str) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from reporting import convergence, verdicts
+from reporting import finished_run, run_sets, verdicts
 from scripts import make_rcps, report
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+RULESET = '4.0.0'
 EASY = ['--config.target_top1=0.6', '--config.eval_every_epochs=2']  # Met after 6 epochs or so.
 
 
@@ -48,19 +49,19 @@ def test_two_processes_stopped_and_gone_on_with_as_one_leave_one_good_log(digits
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     end(process, 75)
-    with pytest.raises(convergence.RunError, match='run_stop is missing'):
-        convergence.read_events(log)
+    with pytest.raises(finished_run.RunError, match='run_stop is missing'):
+        finished_run.read_events(log)
     end(start('main.py', *run), 0)
-    passed, text = verdicts.complies(log)
+    passed, text = verdicts.complies(log, RULESET)
     assert passed, text
-    epochs = [epoch for epoch, _ in convergence.read_run(log.parent).accuracies]
+    epochs = [epoch for epoch, _ in finished_run.read_run(log.parent).results]
     assert epochs == sorted(set(epochs))
 
 
 def test_run_that_misses_its_target_is_refused(digits_dir, tmp_path):
     run = [f'--workdir={tmp_path}/runs/1', f'--config.data_dir={digits_dir}']
     end(start('main.py', *run, '--config.max_epochs=1'), 1)
-    passed, text = verdicts.complies(tmp_path / 'runs/1/mlperf.log')
+    passed, text = verdicts.complies(tmp_path / 'runs/1/mlperf.log', RULESET)
     assert not passed
     assert 'aborted' in text
 
@@ -70,13 +71,14 @@ def test_seeds_make_a_report_and_a_checked_set(digits_dir, tmp_path, capsys):
     out = tmp_path / 'seeds'
     seeds = [f'--out={out}', f'--config.data_dir={digits_dir}', *EASY]
     end(start('scripts/run_seeds.py', '--runs=2', *seeds), 0)
-    runs = convergence.read_runs(out)
-    assert convergence.differences(runs) == []
-    assert verdicts.seeds_differ([run.log for run in runs])[0]
+    runs = run_sets.read_runs(out)
+    assert run_sets.differences(runs) == []
+    assert verdicts.seeds_differ([run.log for run in runs], RULESET)[0]
     assert report.main([str(out)]) == 0
     assert '2 of 2 runs' in (out / 'report.html').read_text()
     for run in runs:
-        assert verdicts.complies(run.log)[0]
-        assert json.loads((run.directory / 'config.json').read_text())['seed'] == run.logged('seed')
+        assert verdicts.complies(run.log, run.ruleset)[0]
+        (logged,) = (event['value'] for event in run.events if event['key'] == 'seed')
+        assert json.loads((run.directory / 'config.json').read_text())['seed'] == logged
     assert make_rcps.main([str(out)]) == 2
     assert 'at least 10' in capsys.readouterr().err

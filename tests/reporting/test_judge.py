@@ -2,6 +2,7 @@
 """Scripts about finished runs: a result says how it came about, and nonsense ends in one error."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -9,13 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from reporting import convergence
+from reporting import finished_run, page, run_sets
 from run_files import work_directory
 from scripts import (
     convert_checkpoint,
@@ -26,6 +25,7 @@ from scripts import (
     run_seeds,
 )
 from settings import hyperparameters
+from settings.hyperparameters import Config
 from tests.synthetic_runs import curve, resolve, write_run, write_runs
 from workloads.resnet.records import Dataset
 
@@ -69,8 +69,8 @@ def change_times(run: Path, change) -> None:
 def test_result_names_data_set_and_seed_whoever_asks(run, capsys):
     assert judge_run.main([str(run)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    config = convergence.read_run(run).config
-    assert last.startswith(f'RESULT,digits,{config["seed"]},')
+    config = finished_run.read_run(run).config
+    assert last.startswith(f'RESULT,digits,{config.seed},')
     assert re.fullmatch(r'RESULT,digits,\d+,51,[^,]+,2023-11-14 22:13:\d\d', last)
     script = Path(judge_run.__file__).with_name('run_and_time.sh').read_text()
     assert 'scripts/judge_run.py" "$workdir"\n' in script  # And nothing that could change the line.
@@ -162,11 +162,9 @@ def test_impossible_times_are_rejected_by_every_script(tmp_path, capsys, change)
     for script in ('rcps', 'package'):
         assert SCRIPTS[script]([str(runs)]) == 2
         assert '003/mlperf.log' in capsys.readouterr().err
-    finished, (problem,) = convergence.survey(
-        runs
-    )  # What the report shows, and what it leaves out.
+    finished, (problem,) = run_sets.survey(runs)  # What the report shows, and what it leaves out.
     assert len(finished) == 9
-    assert isinstance(problem, convergence.LogRejectedError)
+    assert isinstance(problem, finished_run.LogRejectedError)
 
 
 @pytest.mark.parametrize('lost', ['eval_accuracy', 'block_stop', 'opt_name', 'train_samples'])
@@ -178,8 +176,10 @@ def test_lost_and_changed_lines_are_rejected(run, capsys, lost):
     log.write_text(''.join(lines[:first] + lines[first + 1 :]))
     assert judge_run.main([str(run)]) == 1
     assert 'REJECTED' in capsys.readouterr().out
-    log.write_text(whole.replace('"epoch_num": 10', '"epoch_num": 4'))
-    assert judge_run.main([str(run)]) == 1
+    for ours, theirs in (('"epoch_num": 10', '"epoch_num": 4'), ('"resnet"', '"bert"')):
+        assert ours in whole
+        log.write_text(whole.replace(ours, theirs))
+        assert judge_run.main([str(run)]) == 1
 
 
 # Of a file that every work directory has; None: there is none.
@@ -279,9 +279,9 @@ def test_no_value_of_a_wrong_type_makes_a_traceback(run, capsys, name):
             place[path[-1]] = wrong
             (run / name).write_text(json.dumps(value))
             statuses.add(judge_run.main([str(run)]))
-            with contextlib.suppress(convergence.RunError):
-                found = convergence.read_run(run)
-                report.machine(found)
+            with contextlib.suppress(finished_run.RunError):
+                found = finished_run.read_run(run)
+                page.machine(found)
                 make_rcps.point([found], 'us')
     assert statuses <= {0, 1, 2}
     assert 2 in statuses
@@ -309,8 +309,8 @@ def test_events_of_a_wrong_type_are_rejected(run):
                 place[path[-1]] = wrong
                 changed = f':::MLLOG {json.dumps(value)}\n'
                 log.write_text(''.join([*lines[:number], changed, *lines[number + 1 :]]))
-                with contextlib.suppress(convergence.RunError):
-                    convergence.read_run(run)
+                with contextlib.suppress(finished_run.RunError):
+                    finished_run.read_run(run)
                     of_a_start = event['key'] in ('gradient_accumulation_steps', 'cache_clear')
                     assert of_a_start, (event['key'], path, wrong)
 
@@ -341,13 +341,13 @@ def pasted(text: str) -> tuple[str, list[str]]:
     return Path(script).name, arguments
 
 
-def check_remedy(text: str, config, number: int, out: Path) -> Mapping[str, Any]:
+def check_remedy(text: str, config, number: int, out: Path) -> Config:
     """Checks that a remedy makes runs of a configuration; the configuration that it would run."""
     script, arguments = pasted(text)
     assert script == 'run_seeds.py'
     flags, fields = run_seeds.parse_flags(arguments)
     resolved = run_seeds.resolve(flags.config, fields)
-    assert hyperparameters.differences(resolved, dict(config) | {'seed': None}) == []
+    assert hyperparameters.differences(resolved, dataclasses.asdict(config) | {'seed': None}) == []
     assert (flags.runs, flags.out) == (number, out)
     return resolved
 
@@ -370,7 +370,7 @@ def test_remedies_can_be_pasted(tmp_path, capsys, monkeypatch):
     assert '2 of the logs are of --org=us --system=desk' in said
     elsewhere = runs.with_name(f'{runs.name}-renamed')  # Finished runs would be kept as they are.
     resolved = check_remedy(said, config, 5, elsewhere)
-    assert (resolved['org'], resolved['platform']) == ("them's", 'lap top')
+    assert (resolved.org, resolved.platform) == ("them's", 'lap top')
     (tmp_path / 'empty').mkdir()
     assert report.main(['empty']) == 2
     check_remedy(capsys.readouterr().err, resolve('digits'), 10, tmp_path / 'empty')

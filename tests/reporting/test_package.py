@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reporting import convergence, system_description
+from reporting import run_sets, system_description
 from scripts import package_submission
 from tests.synthetic_runs import curve, plan_of, resolve, write_run, write_runs
 
@@ -43,7 +43,7 @@ def rejection(capsys, *arguments, **flags) -> str:
 
 def test_official_checkers_accept_the_tree(runs, capsys):
     assert package(runs) == 0
-    minutes = sorted(run.minutes for run in convergence.read_runs(runs))[1:-1]
+    minutes = sorted(run.seconds / 60 for run in run_sets.read_runs(runs))[1:-1]
     assert minutes[0] > 0.5
     assert f'accepted, result {sum(minutes) / 3:.3f} minutes' in capsys.readouterr().out
     tree = runs / 'submission' / 'us'
@@ -86,7 +86,7 @@ def test_one_run_may_miss_the_target(tmp_path, commit):
     config = resolve('digits', **DETAILS)
     runs = write_runs(tmp_path / 'runs', config, EPOCHS[:4], commit=commit)
     write_run(runs / '005', config, [0.5] * len(plan_of(config).evaluations), commit=commit)
-    chosen = package_submission.choose(convergence.read_runs(runs), 'us', 'desk')
+    chosen = package_submission.choose(run_sets.read_runs(runs), 'us', 'desk')
     assert sum(not run.reached for run in chosen) == 1
 
 
@@ -94,7 +94,7 @@ def test_results_are_not_chosen(runs, commit):
     """Of more than five runs the first are taken, not the fastest."""
     config = resolve('digits', **DETAILS)
     write_run(runs / '006', config, curve(config, 2), commit=commit)
-    chosen = package_submission.choose(convergence.read_runs(runs), 'us', 'desk')
+    chosen = package_submission.choose(run_sets.read_runs(runs), 'us', 'desk')
     assert [run.directory.name for run in chosen] == ['001', '002', '003', '004', '005']
 
 
@@ -122,7 +122,7 @@ def test_system_of_other_runs_is_not_described_from_this_machine(runs, capsys):
 
 
 def test_description_is_of_this_machine(runs):
-    run = convergence.read_runs(runs)[0]
+    run = run_sets.read_runs(runs)[0]
     found = system_description.describe(run.config, run.environment)
     assert int(found['host_processor_vcpu_count']) == os.cpu_count()
     gibibytes = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports: one file holds everything, true to its runs, legible on a phone and without colour."""
 
+import dataclasses
 import html
 import html.parser
 import json
@@ -11,14 +12,17 @@ import subprocess
 import cv2
 import numpy as np
 import pytest
+from markupsafe import Markup
 
-from reporting import charts, convergence, markup
+from reporting import charts, finished_run, run_sets
+from reporting.page import fill, summary
 from scripts import report
 from scripts.dev import hyperparameter_table
+from settings.plan import Target
 from tests.synthetic_runs import curve, plan_of, resolve, write_run, write_runs
 
 EPOCHS = [10, 11, 10, 12, 11, 9]
-CHARTS = {'accuracy', 'loss', 'epochs', 'learning_rate', 'throughput', 'time'}
+CHARTS = {'quality', 'loss', 'to_target', 'learning_rate', 'throughput', 'time'}
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'chrome'))), None)
 
 
@@ -44,10 +48,10 @@ def test_page_needs_nothing_else(page):
 
 def test_page_shows_what_the_runs_did(page):
     text = html.unescape(re.sub('<[^>]*>', ' ', page.read_text()))
-    assert '6 of 7 runs reached a top-1 accuracy of 0.98' in text
+    assert '6 of 7 runs reached top-1 of at least 0.98' in text
     assert 'after 10.50 epochs on average (sample standard deviation 1.05, 9 to 12)' in text
-    for run in convergence.survey(page.parent)[0]:
-        assert f'{run.directory.name}  {run.config["seed"]}  ' in text
+    for run in run_sets.survey(page.parent)[0]:
+        assert f'{run.directory.name}  {run.config.seed}  ' in text
     assert re.search('007 +[0-9]+ +MISSED +20', text)
     assert 'target 0.98' in text
     assert '<b>&"us"' in text
@@ -127,8 +131,10 @@ def test_no_text_becomes_an_element_or_an_attribute(tmp_path, harmless, text):
 def test_texts_stay_texts(text):
     """Control characters, and names that are no UTF-8, are shown as codes."""
     elements = Elements()
-    page = markup.element('p', text, 7, markup.element('b', text), class_=text, aria_label=text)
-    elements.feed(page.encode().decode())
+    template = '<p class="$text" aria-label="$text">$text$seven$inner</p>'
+    inner = Markup('<b>{}</b>').format(text)
+    made = fill(template, text=text, seven=7, inner=inner)
+    elements.feed(made.encode().decode())
     elements.close()
     assert elements.found == [('p', 'class', 'aria-label'), ('b',), ('/b',), ('/p',)]
     shown = (
@@ -160,17 +166,17 @@ def test_lines_differ_without_colour():
 
 
 def test_time_split_adds_up_to_the_run(page):
-    run = convergence.survey(page.parent)[0][0]
+    run = run_sets.survey(page.parent)[0][0]
     split = charts.time_split(run)
-    assert sum(split.values()) == pytest.approx(60 * run.minutes)
+    assert sum(split.values()) == pytest.approx(run.seconds)
     # Of each epoch: a second of training, a quarter of it waiting; half a second of evaluation.
     epochs = EPOCHS[0]
     assert split['waiting for input'] == pytest.approx(0.25 * epochs)
     assert split['training step'] == pytest.approx(0.75 * epochs)
     assert split['evaluation'] == pytest.approx(0.5 * epochs)
     assert split['checkpoint'] == pytest.approx(0.25 * epochs)
-    assert split['pauses, start and end'] == pytest.approx(60 * run.minutes - 1.75 * epochs)
-    assert [rate for _, rate in charts.images_per_second(run)] == [100.0] * epochs
+    assert split['pauses, start and end'] == pytest.approx(run.seconds - 1.75 * epochs)
+    assert [rate for _, rate in charts.curve(run, 'examples_per_second')] == [100.0] * epochs
 
 
 @pytest.mark.parametrize(
@@ -182,7 +188,9 @@ def test_official_points_are_shown_where_the_batch_has_some(tmp_path, epochs, ve
     assert report.main([str(runs)]) == 0
     text = re.sub('<[^>]*>', ' ', (runs / 'report.html').read_text())
     assert 'official reference (n = 10, mean 40.00)' in text
-    assert re.search(f'RCP checker, official reference points, first five runs +{verdict}', text)
+    assert re.search(
+        f'RCP checker, official reference points +{verdict} +of the first 5 runs', text
+    )
 
 
 def test_single_work_directory_has_a_report(tmp_path):
@@ -263,9 +271,38 @@ def test_an_evaluation_loss_that_is_not_known_is_left_out(tmp_path):
     evaluations = [line for line in lines if 'eval_loss' in line]
     evaluations[0]['eval_loss'] = None
     path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    runs = convergence.read_runs(folder)
+    runs = run_sets.read_runs(folder)
     assert charts.loss(runs).axes
     evaluations[0]['eval_loss'] = 'x'
     path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    with pytest.raises(convergence.RunError, match='eval_loss must be'):
-        _ = convergence.read_run(folder / '001').metrics
+    with pytest.raises(finished_run.RunError, match='eval_loss must be'):
+        _ = finished_run.read_run(folder / '001').metrics
+
+
+def test_a_quality_that_falls_and_is_counted_in_examples(tmp_path):
+    """As of a language model: lower is better, without a largest value; no epochs."""
+    config = resolve('digits')
+    run = finished_run.read_run(write_run(tmp_path / 'run', config, curve(config, 5)))
+    lines = (run.directory / 'metrics.jsonl').read_text()
+    (run.directory / 'metrics.jsonl').write_text(lines.replace('"epoch"', '"sequences"'))
+    evaluations = tuple(dataclasses.replace(e, count=4096 * e.count) for e in run.plan.evaluations)
+    course = dataclasses.replace(
+        run.plan.course,
+        evaluations=evaluations,
+        target=Target('eval_loss', 'log perplexity', 3.3, at_least=False),
+        unit='sequences',
+        examples='sequences',
+        examples_per_unit=1,
+    )
+    run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, course=course))
+    assert run.count == 5 * 4096
+    said = summary([run])
+    assert '1 of 1 runs reached log perplexity of at most 3.3, after 20,480.00 sequences' in said
+    (axes,) = charts.quality([run]).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ('sequences', 'log perplexity')
+    assert 3.3 < axes.get_ylim()[1] < 10
+    (axes,) = charts.to_target([run], []).axes
+    assert axes.get_xlabel() == 'sequences to the target'
+    assert axes.patches[0].get_width() == pytest.approx(0.8 * 4096)
+    assert charts.throughput([run]).axes[0].get_ylabel() == 'sequences/s'
+    assert len(charts.draw([run], [])) == len(CHARTS)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many seeds: finished runs are kept, others go on, and what cannot is left alone with a reason.
+"""Many seeds: finished runs are kept, others resume, and what cannot is left alone with a reason.
 
-The training program is replaced by one that writes a run's files at once, or does what the file
-BEHAVIOUR in the folder of the runs says for that run.
+The training program is replaced by `fake_training.py`.
 """
 
 import json
@@ -17,53 +16,25 @@ import pytest
 from scripts import run_seeds
 from tests.synthetic_runs import curve, resolve, write_run
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = """
-import json, os, signal, sys, time
-from pathlib import Path
-from tests.synthetic_runs import curve, plan_of, resolve, write_run
-flags = dict(a[2:].split('=', 1) for a in sys.argv[1:])
-workdir = Path(flags.pop('workdir'))
-flags.pop('config')
-config = resolve('digits', **{k.removeprefix('config.'): v for k, v in flags.items()})
-behaviour = json.loads((workdir.parent / 'BEHAVIOUR').read_text()).get(workdir.name, 'reach')
-if (workdir / 'config.json').exists():
-    print('error: a line is damaged', file=sys.stderr)
-    sys.exit(2)
-if behaviour == 'wait':
-    def save(*_):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(1)
-        print('saved', flush=True)
-        sys.exit(75)
-    signal.signal(signal.SIGTERM, save)
-    print('running', flush=True)
-    time.sleep(60)
-if behaviour == 'fail':
-    sys.exit(3)
-if behaviour == 'refuse':
-    print('error: the data set is missing', file=sys.stderr)
-    sys.exit(2)
-missed = [0.5] * len(plan_of(config).evaluations)
-write_run(workdir, config, missed if behaviour == 'miss' else curve(config, 5),
-          seed=int.from_bytes(os.urandom(7)))
-sys.exit(1 if behaviour == 'miss' else 0)
-"""
+PROGRAM = Path(__file__).with_name('fake_training.py')
 
 
 @pytest.fixture
-def seeds(tmp_path, monkeypatch):
+def out(tmp_path):
+    """A folder of runs."""
+    folder = tmp_path / 'out'
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def seeds(out):
     """Calls run_seeds on a folder of runs, each with a behaviour by name; (status, folder)."""
-    program, out = tmp_path / 'program', tmp_path / 'out'
-    program.mkdir()
-    out.mkdir()
-    (program / 'main.py').write_text(PROGRAM)
-    monkeypatch.setattr(run_seeds, 'ROOT', program)
 
     def call(*arguments, **behaviours):
         names = {name.removeprefix('run_'): value for name, value in behaviours.items()}
         (out / 'BEHAVIOUR').write_text(json.dumps(names))
-        return run_seeds.main([f'--out={out}', '--jobs=2', *arguments]), out
+        return run_seeds.main([f'--out={out}', '--jobs=2', *arguments], PROGRAM), out
 
     return call
 
@@ -92,7 +63,7 @@ def test_failed_run_is_tried_again_next_time(seeds):
     assert seeds('--runs=2')[0] == 0
 
 
-def test_run_that_cannot_go_on_is_left_alone_and_the_others_are_made(seeds, capsys):
+def test_run_that_cannot_resume_is_left_alone_and_the_others_are_made(seeds, capsys):
     _, out = seeds('--runs=2')
     (out / '002' / 'mlperf.log').write_text('no log')
     capsys.readouterr()
@@ -100,15 +71,15 @@ def test_run_that_cannot_go_on_is_left_alone_and_the_others_are_made(seeds, caps
     assert status == 3
     assert (out / '002' / 'mlperf.log').read_text() == 'no log'
     said = capsys.readouterr().out
-    assert 'run 002 was refused: error: a line is damaged' in said
+    assert 'run 002 was rejected: error: a line is damaged' in said
     assert '2 reached the target, 0 missed it, 1 failed' in said
     assert f'rename {out / "002"} to 002.damaged-1' in said
     (out / '002').rename(out / '002.damaged-1')
     assert seeds('--runs=3')[0] == 0
 
 
-def test_fault_of_all_runs_ends_at_once_with_its_words(seeds, capsys):
-    assert seeds('--runs=50', run_001='refuse', run_002='refuse')[0] == 2
+def test_error_of_all_runs_ends_at_once_with_its_words(seeds, capsys):
+    assert seeds('--runs=50', run_001='rejected', run_002='rejected')[0] == 2
     assert 'the data set is missing' in capsys.readouterr().err
 
 
@@ -121,7 +92,7 @@ def test_fault_of_all_runs_ends_at_once_with_its_words(seeds, capsys):
         (['--config.learning_rate=7'], 'another configuration'),
     ],
 )
-def test_refusals(seeds, capsys, arguments, words):
+def test_rejections(seeds, capsys, arguments, words):
     _, out = seeds('--runs=1')
     with (out / '001' / 'mlperf.log').open('r+') as log:  # As of a run that was interrupted.
         log.truncate(1000)
@@ -132,21 +103,11 @@ def test_refusals(seeds, capsys, arguments, words):
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_signals_let_the_runs_save_and_end(tmp_path, number):
-    """Repeated, too; after SIGKILL the system is who tells the runs."""
-    program, out = tmp_path / 'program', tmp_path / 'out'
-    program.mkdir()
-    out.mkdir()
-    (program / 'main.py').write_text(PROGRAM)
+def test_signals_let_the_runs_save_and_end(out, number):
+    """Repeated, too; after SIGKILL the system tells the runs."""
     (out / 'BEHAVIOUR').write_text(json.dumps({'001': 'wait', '002': 'wait'}))
-    text = (  # With the signals of a terminal, also where the tests run under nohup.
-        'import signal; signal.signal(signal.SIGINT, signal.default_int_handler);'
-        'signal.signal(signal.SIGHUP, signal.SIG_DFL);'
-        f'import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path;'
-        f'from scripts import run_seeds; run_seeds.ROOT = Path({str(program)!r});'
-        f'sys.exit(run_seeds.main(["--runs=2", "--jobs=2", "--out={out}"]))'
-    )
-    process = subprocess.Popen([sys.executable, '-c', text], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, PROGRAM, 'seeds', '--runs=2', '--jobs=2', f'--out={out}']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def until_both_say(word):
         until = time.monotonic() + 60
@@ -163,7 +124,7 @@ def test_signals_let_the_runs_save_and_end(tmp_path, number):
     until_both_say('saved')
     if number != signal.SIGKILL:
         assert process.returncode == 75
-        assert 'the same command goes on' in said
+        assert 'the same command resumes' in said
 
 
 def test_signal_while_a_run_is_started_reaches_that_run(seeds, monkeypatch):
