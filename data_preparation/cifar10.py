@@ -37,15 +37,8 @@ MAX_IMAGE_BYTES = 1 << 16
 def prepare(data_dir: Path, source: Path | None = None) -> Path:
     """Writes `data_dir/cifar10/3.0.2` and returns it; returns at once when it is there.
 
-    Args:
-        data_dir: the root of all data.
-        source: a folder train|test/CLASS/*.jpg or a tar of one; None for the download.
-
-    Raises:
-        FileNotFoundError: `source` is missing, or has no such images.
-        ValueError: the download fails or is damaged, or `source` has something unusable in it; the
-            text names it.
-        OSError: the disk is full, or the folder cannot be written to.
+    `source` is a folder train|test/CLASS/*.jpg or a tar of one; None for the download. Raises as
+    `dataset.prepare`, `archives.download` and `read_jpegs`.
     """
 
     def read() -> dict[str, list]:

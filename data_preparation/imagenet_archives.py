@@ -69,11 +69,7 @@ def read_sources(path: Path) -> dict[str, Source]:
     """Reads what is known of other archives of the same structure, for rehearsals, from JSON.
 
     The file has {split: {file_name, size, sha256, examples, shards}} for the splits of `OFFICIAL`;
-    `shards` is optional.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged or of another form; the text names the field.
+    `shards` is optional. ValueError names the field that is of another form.
     """
     content = files.read_json(path)
     if content.keys() != OFFICIAL.keys():
@@ -158,10 +154,8 @@ def _members(split: str, path: Path) -> Iterator[tuple[str, str, int, int]]:
 def index(split: str, path: Path, source: Source, work: Path) -> list[np.ndarray]:
     """Where each shard's images are: one array of INDEX_ENTRY for each shard, in TFDS's order.
 
-    It is kept in `work`, because reading all headers again can take long.
-
-    Raises:
-        ValueError: the archive has not the structure of ILSVRC2012's; the text names the member.
+    It is kept in `work`, because reading all headers again can take long. ValueError names a member
+    that ILSVRC2012's archives do not have.
     """
     cache = work / f'{split}.index.npy'
     if not cache.exists():

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from data_preparation import files
 from workloads.resnet.records import Record
 
@@ -47,9 +49,7 @@ class Summary:
     @classmethod
     def of_records(cls, facts: list[tuple[int, int]]) -> 'Summary':
         """Of a shard's records, each given as (label, digest)."""
-        counts = [0] * (max((label for label, _ in facts), default=-1) + 1)
-        for label, _ in facts:
-            counts[label] += 1
+        counts = np.bincount(np.array([label for label, _ in facts], np.int64)).tolist()
         return cls(len(facts), counts, _total(digest for _, digest in facts))
 
     @classmethod
@@ -119,8 +119,3 @@ def write(directory: Path, manifest: Manifest) -> None:
     """Writes a dataset's manifest into its folder, …/NAME/VERSION."""
     splits = {name: dataclasses.asdict(split) for name, split in manifest.splits.items()}
     files.write_json(directory / FILE_NAME, {'label_names': manifest.label_names, **splits})
-
-
-def published(name: str, version: str, encoding: str) -> Path:
-    """Where the repository would keep the manifest of a dataset whose content is known."""
-    return PUBLISHED / f'{name}-{version}-{encoding}.json'

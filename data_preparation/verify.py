@@ -15,7 +15,6 @@ from collections import Counter
 from pathlib import Path
 
 import simplejpeg
-from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
 from data_preparation import dataset, files, manifest
@@ -28,8 +27,6 @@ from workloads.resnet.records import Metadata, Record
 
 NAMED_ERRORS = 20
 MAX_LABELS_BYTES = 1 << 20
-# What becomes in Python of the C++ exceptions that ArrayRecord throws on damaged files.
-READER_ERRORS = (ValueError, RuntimeError, IndexError, OverflowError, MemoryError)
 
 
 @dataclasses.dataclass
@@ -82,7 +79,8 @@ def verify(
     found = Manifest(metadata.label_names, splits)
 
     written = directory / manifest.FILE_NAME
-    known = manifest_file or manifest.published(name, directory.name, metadata.encoding)
+    published = f'{name}-{directory.name}-{metadata.encoding}.json'
+    known = manifest_file or manifest.PUBLISHED / published
     expected: dict[Path, Manifest] = {}
     for path in filter(Path.exists, (known, written)):
         try:
@@ -128,30 +126,13 @@ def read_metadata(directory: Path) -> Metadata:
     return records.read_metadata(directory)
 
 
-def _open(path: Path) -> ArrayRecordReader:
-    """Opens a shard; ValueError says why it cannot be read."""
-    if not path.is_file():
-        raise ValueError(f'{path.name} is missing or not a regular file')
-    try:
-        path.open('rb').close()
-        reader = ArrayRecordReader(str(path), 'readahead_buffer_size:0,max_parallelism:0')
-        is_readable = reader.ok()
-    except OSError as error:
-        raise ValueError(f'{path.name} cannot be read: {error.strerror}') from error
-    except READER_ERRORS:
-        is_readable = False
-    if not is_readable:
-        raise ValueError(f'{path.name} is truncated or no ArrayRecord file')
-    return reader
-
-
 def _read_shard(
     shard: Shard, metadata: Metadata, full: bool, bar: tqdm, stop: threading.Event
 ) -> None:
     """Reads the records of a shard into `shard`, until `stop` is set."""
     name = shard.path.name
     try:
-        reader = _open(shard.path)
+        reader = records.open_shard(shard.path)
     except ValueError as error:
         shard.errors.append(str(error))
         return
@@ -168,7 +149,7 @@ def _read_shard(
             if record.name:
                 where += f' ({record.name.decode()})'
             _check_record(record, metadata, full)
-        except READER_ERRORS as error:
+        except records.READER_ERRORS as error:
             shard.errors.append(f'{where}: {error}')
         else:
             digest = manifest.digest_of(record)

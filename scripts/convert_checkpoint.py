@@ -86,11 +86,10 @@ def preprocessing(config: Mapping[str, Any] | None, convention: str) -> dict[str
 
 
 def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
-    """Exports a checkpoint; what was done, in a sentence or two.
+    """Exports a checkpoint and says what was done.
 
-    Raises:
-      CheckpointError: it is no whole model with finite weights, or has padding='same', which no
-        PyTorch model has.
+    CheckpointError if it is no whole model with finite weights, or has padding='same', which no
+    PyTorch model has.
     """
     with _naming(checkpoint):
         tree, record = checkpointing.read(checkpoint)
@@ -113,11 +112,7 @@ def to_pytorch(checkpoint: Path, out: Path, convention: str) -> str:
 
 
 def check_config(config: Any) -> None:
-    """Checks what is used here of a configuration that a checkpoint or a file carries.
-
-    Raises:
-      CheckpointError: it is neither None nor a mapping with these fields, or has padding='same'.
-    """
+    """Checks what is used here of a configuration that a checkpoint or a file may carry."""
     if config is None:
         return
     if not isinstance(config, Mapping):
@@ -136,31 +131,19 @@ def check_config(config: Any) -> None:
         )
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f'{name} is no JSON')
-
-
 def judge_metadata(
     metadata: Mapping[str, str], model: str, convention: str | None
 ) -> tuple[int, Mapping[str, Any] | None, str]:
-    """What a file says of its weights.
+    """What the metadata of a file say: (step, configuration or None, input).
 
-    Args:
-      metadata: of the file, all of which may be absent.
-      model: whose weights they are.
-      convention: the input that the user names, or None.
-
-    Returns:
-      (step, configuration or None, input).
-
-    Raises:
-      CheckpointError: naming the value that is wrong, or contradicts the weights or the user.
+    CheckpointError names a value that is wrong, or that contradicts the weights, which are those of
+    `model`, or the user, who names the input `convention` or leaves it to the file.
     """
     step = metadata.get('step', '0')
     if not re.fullmatch('[0-9]{1,10}', step) or int(step) > LARGEST_STEP:
         raise CheckpointError(f'its step is {step!r:.100}; it must be 0 to {LARGEST_STEP}')
     try:
-        config = json.loads(metadata.get('config', 'null'), parse_constant=_no_constant)
+        config = json.loads(metadata.get('config', 'null'))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f'its config is no JSON: {error}') from error
     check_config(config)
@@ -188,12 +171,7 @@ def judge_metadata(
 
 
 def from_pytorch(file: Path, out: Path, convention: str | None) -> str:
-    """Imports a file; what was done, in a sentence or two.
-
-    Raises:
-      CheckpointError: it is no whole model, its metadata are wrong or contradict `convention`, or
-        neither says which input it is for.
-    """
+    """Imports a file and says what was done; raises as the functions it calls."""
     state, metadata = weight_files.read(file)
     with _naming(file):
         model = torchvision.identify(state)
@@ -227,11 +205,8 @@ def _note(convention: str) -> str:
 def download(url: str, out: Path) -> str:
     """Fetches weights next to `out`, checks them by the digits in their name, and converts them.
 
-    An interrupted download is resumed; the file stays, so that nothing is fetched twice.
-
-    Raises:
-      ValueError: it cannot be fetched.
-      CheckpointError: the digits are not those of the file's SHA-256; the file is removed.
+    An interrupted download is resumed; the file stays, so that nothing is fetched twice, unless the
+    digits are not those of its SHA-256. ValueError if it cannot be fetched.
     """
     archives.check_url(url)
     name = url.rsplit('/', 1)[-1]

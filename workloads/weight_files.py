@@ -145,12 +145,7 @@ def _check_pickle(path: Path, file: IO[bytes]) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """Checks sizes, checksums and pickle of a zip archive, of which PyTorch checks nothing.
-
-    Raises:
-      CheckpointError: naming the member that is damaged, or larger when read than in the file.
-      zipfile.BadZipFile: it is no archive.
-    """
+    """Checks sizes, checksums and pickle of a zip archive, of which PyTorch checks nothing."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         packed = [member.filename for member in members if member.compress_type]
@@ -199,7 +194,7 @@ def _read_pth(path: Path) -> tuple[StateDict, dict[str, str]]:
     ]
     if others:
         raise CheckpointError(
-            f'{path} is no plain state dictionary of names and tensors: {some(others)}. {remedy}'
+            f'{path} is no plain dictionary of names and tensors: {some(others)}. {remedy}'
         )
     _check_dtypes(path, {name: str(tensor.dtype) for name, tensor in loaded.items()})
     hollow = [

@@ -26,6 +26,8 @@ from workloads.resnet.datasets import EVAL_SPLIT
 
 SCRIPTS = Path(__file__).resolve().parents[2] / 'scripts'
 THREADS = 16  # that open shards, which is mostly waiting for the disk
+# What becomes in Python of the C++ exceptions that ArrayRecord throws on damaged files.
+READER_ERRORS = (ValueError, RuntimeError, IndexError, OverflowError, MemoryError)
 IDENTIFIERS = ('file_name', 'id')  # features that name a record; ImageNet has the first
 
 
@@ -57,8 +59,7 @@ class Record(NamedTuple):
 def parse(serialized: bytes) -> Record:
     """Reads a serialized `tf.train.Example`, which is faster than TFDS's own decoding.
 
-    Raises:
-      ValueError: it is none, or has no image or no label.
+    ValueError if it is none, or has no image or no label.
     """
     try:
         features = tf_example_pb2.Example.FromString(serialized).features.feature
@@ -149,6 +150,23 @@ def read_metadata(directory: Path) -> Metadata:
     return metadata
 
 
+def open_shard(path: Path) -> ArrayRecordReader:
+    """Opens a shard; ValueError says why it cannot be read."""
+    if not path.is_file():
+        raise ValueError(f'{path.name} is missing or not a regular file')
+    try:
+        path.open('rb').close()
+        reader = ArrayRecordReader(str(path), 'readahead_buffer_size:0,max_parallelism:0')
+        is_readable = reader.ok()
+    except OSError as error:
+        raise ValueError(f'{path.name} cannot be read: {error.strerror}') from error
+    except READER_ERRORS:
+        is_readable = False
+    if not is_readable:
+        raise ValueError(f'{path.name} is truncated or no ArrayRecord file')
+    return reader
+
+
 def find_dataset(name: str, data_dir: str) -> Dataset:
     """Finds a prepared data set and checks that its files are there.
 
@@ -156,7 +174,9 @@ def find_dataset(name: str, data_dir: str) -> Dataset:
       DatasetError: it is missing or incomplete.
     """
     directory = newest_version(name, data_dir)
-    advice = f'prepare it with: {command("download_dataset.sh", name, data_dir)}'
+    prepare, verify = (
+        command(f'{script}_dataset.sh', name, data_dir) for script in ('download', 'verify')
+    )
     splits = ('train', EVAL_SPLIT[name])
     try:
         metadata = read_metadata(directory)
@@ -165,26 +185,26 @@ def find_dataset(name: str, data_dir: str) -> Dataset:
             raise ValueError(f'no examples in {splits[counts.index(0)]}')
     except ValueError as error:
         raise DatasetError(
-            f'the metadata in {directory} cannot be used ({error}); {advice}'
+            f'the metadata in {directory} cannot be used ({error}); prepare it with: {prepare}'
         ) from error
     expected = [path for split in splits for path, _ in metadata.shards[split]]
     missing = [path.name for path in expected if not path.is_file() or path.stat().st_size == 0]
     if missing:
         raise DatasetError(
             f'the data set in {directory} is incomplete: {len(missing)} of {len(expected)} shards '
-            f'are missing or empty, the first is {missing[0]}; {advice}'
+            f'are missing or empty, the first is {missing[0]}; prepare it with: {prepare}'
         )
     try:
         manifest = json_object.read(directory / 'manifest.json')
     except ValueError:  # It is written when the data is first verified.
         manifest = {}
-    recorded = [facts if isinstance(facts := manifest.get(s), dict) else {} for s in splits]
+    recorded = [manifest[s] if isinstance(manifest.get(s), dict) else {} for s in splits]
     for split, count, facts in zip(splits, counts, recorded, strict=True):
-        if isinstance(facts.get('examples'), int) and facts['examples'] != count:
+        stated = facts.get('examples', count)
+        if stated != count:
             raise DatasetError(
                 f'the metadata in {directory} has {count} examples for {split}, its manifest.json '
-                f'{facts["examples"]}; check it with: '
-                f'{command("verify_dataset.sh", name, data_dir)}'
+                f'{stated!r}; check it with: {verify}'
             )
     digests = [str(facts.get('digest')) for facts in recorded]
     is_known = all(re.fullmatch('[0-9a-f]{64}', digest) for digest in digests)
@@ -225,13 +245,11 @@ class Records:
         def check(shard: tuple[Path, int]) -> None:
             path, length = shard
             try:
-                found = ArrayRecordReader(str(path), 'readahead_buffer_size:0').num_records()
-            except Exception as error:  # array_record's own
-                raise DataError(f'{path} cannot be read: {error}; {self.remedy}') from error
-            if found != length:
-                raise DataError(
-                    f'{path} has {found} records, the metadata says {length}; {self.remedy}'
-                )
+                found = open_shard(path).num_records()
+                if found != length:
+                    raise ValueError(f'{path.name} has {found} records, the metadata says {length}')
+            except READER_ERRORS as error:
+                raise DataError(f'{path.parent}: {error}; {self.remedy}') from error
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(check, self._shards()))
