@@ -8,6 +8,8 @@ def base() -> ConfigDict:
     """A configuration that lacks what a benchmark must choose for itself."""
     config = ConfigDict()
 
+    config.benchmark = 'resnet'
+
     # Fixed by the rules.
     config.end_learning_rate = 0.0001
     config.decay_power = 2

@@ -29,11 +29,12 @@ from jax.sharding import Mesh
 
 import train_lib
 from configs import digits
-from input_pipeline import Pipeline, find_dataset
+from input_pipeline import Pipeline
 from settings import backend, hyperparameters
 from settings.plan import Plan, make_plan
 from training import processes
-from workloads.resnet import optimizers
+from workloads.resnet import images, optimizers
+from workloads.resnet.records import find_dataset
 from workloads.resnet.task import ImageClassification
 
 backend.set_xla_flags('--xla_force_host_platform_device_count=8')
@@ -65,9 +66,9 @@ USUAL = [Way(1, m, usual=True) for m in (128, 32, 8)]
 def usual_optimizer(config: Mapping[str, Any], plan: Plan) -> optax.MultiSteps:
     """As `optimizers.create`, but the running statistics move at every micro-step."""
     schedule = optimizers.learning_rate_schedule(config, plan)
-    momentum, decay = config['momentum'], config['weight_decay']
-    if config['optimizer'] == 'lars':
-        weights = optimizers.lars(schedule, momentum, decay, config['lars_epsilon'])
+    momentum, decay = config.momentum, config.weight_decay
+    if config.optimizer == 'lars':
+        weights = optimizers.lars(schedule, momentum, decay, config.lars_epsilon)
     else:
         weights = optimizers.sgd(schedule, momentum, decay)
     accumulated = optax.MultiSteps(weights, plan.accumulation_steps).gradient_transformation()
@@ -104,7 +105,7 @@ class Experiment:
         self.flags = self.programs.to_devices(np.zeros(way.devices, np.int32))
 
     def _pipeline(self, seed: int) -> Pipeline:
-        return Pipeline(self.dataset, self.config, seed, self.share)
+        return images.pipeline(self.dataset, self.config, seed, self.share)
 
     def evaluate(self, state: train_lib.TrainState) -> float:
         """Top-1 accuracy on the evaluation set."""
@@ -139,9 +140,9 @@ class Experiment:
             losses.append(round(loss, 5))
             if step in ends:
                 accuracies.append(self.evaluate(state))
-                if accuracies[-1] >= self.config['target_top1']:
+                if accuracies[-1] >= self.config.target_top1:
                     break
-        reached = accuracies[-1] >= self.config['target_top1']
+        reached = accuracies[-1] >= self.config.target_top1
         epochs = list(ends.values())[len(accuracies) - 1] if reached else None
         return {'losses': losses, 'accuracies': accuracies, 'epochs': epochs}
 

@@ -2,15 +2,14 @@
 """What a run says of itself before it compiles: one screen of names and values."""
 
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from settings.hyperparameters import Config
 from settings.plan import Plan
-from workloads.resnet.records import Dataset
 
 COLUMNS = 80
 _NAME_WIDTH = 12
@@ -29,9 +28,9 @@ def _row(name: str, value: str) -> list[str]:
 
 
 def lines(
-    config: Mapping[str, Any],
+    config: Config,
     plan: Plan,
-    dataset: Dataset,
+    digest: str | None,
     variables: Any,
     workdir: Path,
     step: int,
@@ -39,26 +38,27 @@ def lines(
     """The banner of a run.
 
     Args:
-      config, plan, dataset: the run's, with its seed.
+      config, plan: the run's, with its seed.
+      digest: of the data set, where it is known.
       variables: {'params': …} of arrays or their shapes.
       workdir: the work directory.
       step: of the checkpoint that it resumes from; 0 if it is a new run.
     """
     devices = jax.devices()
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(variables['params']))
-    seen = plan.epoch(step)
+    start = f'resumed from step {step} ({plan.course.unit} {plan.position(step):.2f})'
     rows = {
         'devices': f'{len(devices)} × {devices[0].device_kind}',
         'processes': str(jax.process_count()),
-        'batch': f'{plan.global_batch_size} = {plan.num_devices} device(s) × '
-        f'{plan.per_device_batch} examples × {plan.accumulation_steps} accumulation step(s)',
-        'precision': config['dtype'],
-        'model': f'{config["model"]}, {parameters:,} parameters',
-        'data set': f'{dataset.name}: {dataset.num_train:,} examples to train, '
-        f'{dataset.num_eval:,} to evaluate, digest {dataset.digest or "not known"}',
-        'seed': str(config['seed']),
+        'batch': f'{plan.global_batch_size} {plan.course.examples} = {plan.num_devices} device(s) '
+        f'× {plan.per_device_batch} × {plan.accumulation_steps} accumulation step(s)',
+        'precision': config.dtype,
+        'model': f'{config.model}, {parameters:,} parameters',
+        'data set': f'{config.dataset}: {plan.num_train:,} {plan.course.examples} to train, '
+        f'{plan.num_eval:,} to evaluate, digest {digest or "not known"}',
+        'seed': str(config.seed),
         'directory': str(workdir),
-        'start': f'resumed from step {step} (epoch {seen:.2f})' if step else 'new run',
+        'start': start if step else 'new run',
     }
     programs = jax.config.values['jax_compilation_cache_dir']
     if programs:

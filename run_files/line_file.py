@@ -5,9 +5,7 @@ import errno
 import os
 from pathlib import Path
 
-
-class SaveError(RuntimeError):
-    """Something could not be saved; the text names it and says what to do."""
+from settings.errors import SaveError
 
 
 class LineFile:

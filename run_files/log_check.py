@@ -7,16 +7,18 @@ has lost lines, or belongs to another run, is known before anything is added to 
 
 import datetime
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlperf_logging.mllog import constants
 
 from run_files.mlperf_log import REMEDY, EventLog, LogError, facts, is_same
+from settings.hyperparameters import Config
 from settings.plan import Plan
 
 
-def check(log: EventLog, config: Mapping[str, Any], plan: Plan, step: int) -> None:
+def check(log: EventLog, config: Config, plan: Plan, step: int) -> None:
     """Checks that a log is this run's and whole, before anything is added to it.
 
     Args:
@@ -31,8 +33,8 @@ def check(log: EventLog, config: Mapping[str, Any], plan: Plan, step: int) -> No
     if log.path is None:
         return
     results = [e['value'] for e in log.recorded if e['key'] == constants.EVAL_ACCURACY]
-    if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in results):
-        raise LogError(f'an eval_accuracy of {log.path} is no accuracy; {REMEDY}')
+    if not all(isinstance(x, int | float) and 0 <= x <= plan.target.largest for x in results):
+        raise LogError(f'an eval_accuracy of {log.path} is impossible; {REMEDY}')
     expected, due = _script(config, plan, results)
     for number, event in enumerate(log.recorded, start=1):
         ours = expected[number - 1] if number <= len(expected) else None
@@ -68,7 +70,7 @@ def check(log: EventLog, config: Mapping[str, Any], plan: Plan, step: int) -> No
 
 
 def _script(
-    config: Mapping[str, Any], plan: Plan, accuracies: Sequence[float]
+    config: Config, plan: Plan, results: Sequence[float]
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """What a run with these results writes, if its next ones miss the target, in order.
 
@@ -87,17 +89,18 @@ def _script(
     log.init_stop()
     log.run_start()
     due_at(1)
-    results = itertools.chain(accuracies, itertools.repeat(0.0))
+    missed = 0.0 if plan.target.at_least else math.inf
+    qualities = itertools.chain(results, itertools.repeat(missed))
     reached, before = False, 0
-    for evaluation, top1 in zip(plan.evaluations, results, strict=False):
+    for evaluation, quality in zip(plan.evaluations, qualities, strict=False):
         log.block_start(evaluation)
         due_at(before + 1)
         log.block_stop(evaluation)
         due_at(evaluation.step)
         log.eval_start(evaluation)
-        log.eval_stop(evaluation, top1)
+        log.eval_stop(evaluation, quality)
         due_at(evaluation.step + 1)
-        before, reached = evaluation.step, top1 >= config['target_top1']
+        before, reached = evaluation.step, plan.target.is_met(quality)
         if reached:
             break
     log.run_stop(reached)

@@ -19,11 +19,12 @@ from typing import Any
 
 from mlperf_logging.mllog import constants, mllog
 
-from run_files.line_file import LineFile, SaveError
+from run_files.line_file import LineFile
 from settings import hyperparameters
+from settings.errors import RejectedError, SaveError
+from settings.hyperparameters import Config
 from settings.plan import Evaluation, Plan
 
-BENCHMARK = constants.RESNET
 _ROOT = Path(__file__).resolve().parent.parent
 _PLACE = ('file', 'lineno')  # Metadata that does not tell events apart.
 # Values that may differ between the starts of one run: it may resume on other devices.
@@ -37,7 +38,7 @@ def _identity(event_type: str, key: str, metadata: Mapping[str, Any]) -> str:
     return json.dumps([event_type, key, kept], sort_keys=True)
 
 
-class LogError(ValueError):
+class LogError(RejectedError, ValueError):
     """A log that this run cannot have written, or cannot add to; the text says what to do."""
 
 
@@ -196,9 +197,9 @@ class EventLog:
         """The clock starts; from here on data may be read."""
         self.start(constants.RUN_START)
 
-    def header(self, config: Mapping[str, Any], plan: Plan) -> None:
+    def header(self, config: Config, plan: Plan) -> None:
         """Who runs what, with which hyperparameters: all read from what the run uses."""
-        self.event(constants.SUBMISSION_BENCHMARK, BENCHMARK)
+        self.event(constants.SUBMISSION_BENCHMARK, config.benchmark)
         for key, value in hyperparameters.logged(config).items():
             self.event(key, value)
         self.event(constants.GRADIENT_ACCUMULATION_STEPS, plan.accumulation_steps)
@@ -206,21 +207,21 @@ class EventLog:
         self.event(constants.EVAL_SAMPLES, plan.num_eval)
 
     def block_start(self, evaluation: Evaluation) -> None:
-        """Training of the epochs up to an evaluation begins."""
-        self.start(constants.BLOCK_START, **_block(evaluation))
+        """Training up to an evaluation begins."""
+        self.start(constants.BLOCK_START, **evaluation.block_start)
 
     def block_stop(self, evaluation: Evaluation) -> None:
-        """Training of the epochs up to an evaluation has ended."""
-        self.stop(constants.BLOCK_STOP, **_block(evaluation))
+        """Training up to an evaluation has ended."""
+        self.stop(constants.BLOCK_STOP, **evaluation.block_stop)
 
     def eval_start(self, evaluation: Evaluation) -> None:
         """An evaluation begins."""
-        self.start(constants.EVAL_START, epoch_num=evaluation.epoch)
+        self.start(constants.EVAL_START, **evaluation.result)
 
-    def eval_stop(self, evaluation: Evaluation, top1: float) -> float:
-        """An evaluation has ended with this accuracy; returns the one that the log holds."""
-        logged = self.event(constants.EVAL_ACCURACY, top1, epoch_num=evaluation.epoch)
-        self.stop(constants.EVAL_STOP, epoch_num=evaluation.epoch)
+    def eval_stop(self, evaluation: Evaluation, quality: float) -> float:
+        """An evaluation has ended with this quality; returns the one that the log holds."""
+        logged = self.event(constants.EVAL_ACCURACY, quality, **evaluation.result)
+        self.stop(constants.EVAL_STOP, **evaluation.result)
         return logged
 
     def run_stop(self, reached: bool) -> None:
@@ -251,13 +252,6 @@ def _drop_page_cache() -> bool:
     except OSError:  # Not Linux, or not root.
         return False
     return True
-
-
-def _block(evaluation: Evaluation) -> dict[str, int]:
-    return {
-        'first_epoch_num': evaluation.first_epoch,
-        'epoch_count': evaluation.epoch - evaluation.first_epoch + 1,
-    }
 
 
 def facts(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,14 +17,13 @@ class Trace:
     Args:
       folder: WORKDIR/profile; the files lie in plugins/profile/TIME below it.
       steps: (start, stop), or None for no trace.
-
-    Attributes:
       report: receives what people should know.
     """
 
-    def __init__(self, folder: Path, steps: tuple[int, int] | None):
-        self._folder, self._running = folder, False
-        self.report: Callable[[str], None] = print
+    def __init__(
+        self, folder: Path, steps: tuple[int, int] | None, report: Callable[[str], None]
+    ):
+        self._folder, self._running, self._report = folder, False, report
         self._steps = range(*(steps or (0, 0)))
 
     def at(self, step: int, state: Any) -> None:
@@ -36,7 +35,7 @@ class Trace:
             jax.profiler.start_trace(self._folder)
             self._running = True
         elif self._steps and step >= self._steps.stop and not self._folder.exists():
-            self.report(
+            self._report(
                 f'no trace is written: the run resumes from step {step}, after those to be traced'
             )
             self._steps = range(0)
@@ -55,4 +54,4 @@ class Trace:
         try:
             jax.profiler.stop_trace()
         except (RuntimeError, OSError) as error:
-            self.report(f'the trace could not be written to {self._folder}: {error}')
+            self._report(f'the trace could not be written to {self._folder}: {error}')

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from run_files.line_file import LineFile
-from settings.plan import Plan
+from settings.plan import Evaluation, Plan
 
 FLUSH_SECONDS = 30
 
@@ -138,7 +138,8 @@ class Progress:
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         assert self._file
         elapsed = self._elapsed + time.monotonic() - self._started
-        line: dict[str, Any] = {'step': step, 'epoch': round(self._plan.epoch(step), 4)}
+        course = self._plan.course
+        line: dict[str, Any] = {'step': step, course.unit: round(self._plan.position(step), 4)}
         # An evaluation's loss may overflow in half precision, which JSON cannot say.
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(line | {'elapsed_seconds': elapsed}))
@@ -163,11 +164,11 @@ class Progress:
         self._write(step, values)
         pace = (time.monotonic() - self._started) / max(step - self._first_step, 1)
         fields = [
-            (0, f'epoch {self._plan.epoch(step):6.2f}'),
+            (0, f'{self._plan.course.unit} {self._plan.position(step):6.2f}'),
             (1, f'step {step}/{self._plan.total_steps}'),
             (2, f'loss {values["loss"]:.4f}'),
             (5, f'rate {values["learning_rate"]:.4g}'),
-            (4, f'{values["images_per_second"]:,.0f} images/s'),
+            (4, f'{values["examples_per_second"]:,.0f} {self._plan.course.examples}/s'),
             (3, f'at most {_duration(pace * (self._plan.total_steps - step))} left'),
         ]
         if self._terminal:
@@ -177,14 +178,16 @@ class Progress:
         else:
             print('  '.join(text for _, text in fields), flush=True)
 
-    def evaluation(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """The result of an evaluation."""
+    def evaluation(self, at: Evaluation, values: Mapping[str, float]) -> None:
+        """The result of an evaluation: its target's metric, its loss, and the time it took."""
         if not self._file:
             return
-        self._write(step, values)
+        self._write(at.step, values)
+        target, loss = self._plan.target, values['eval_loss']
+        quality = f'{target.words} {values[target.metric]:.5f}'
         self.say(
-            f'epoch {epoch:6}  step {step}  evaluation: '
-            f'top-1 {values["eval_top1"]:.5f}, loss {values["eval_loss"]:.4f}'
+            f'{self._plan.course.unit} {at.count:6}  step {at.step}  evaluation: {quality}'
+            + ('' if target.metric == 'eval_loss' else f', loss {loss:.4f}')
         )
 
     def close(self) -> None:
@@ -203,7 +206,7 @@ def _kept(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             values = json.loads(line)
-            before = values['step'] < step or (values['step'] == step and 'eval_top1' not in values)
+            before = values['step'] < step or (values['step'] == step and 'eval_loss' not in values)
             float(values.get('elapsed_seconds', 0))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             damaged += 1

@@ -6,6 +6,7 @@ environment.json  versions, machine, devices, code and data that the run used
 mlperf.log, metrics.jsonl, tensorboard/, checkpoints/, profile/
 """
 
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -20,8 +21,9 @@ from typing import Any
 import jax
 
 from run_files import machine
-from run_files.line_file import SaveError
-from settings import hyperparameters, json_object
+from settings import hyperparameters, loading
+from settings.errors import RejectedError, SaveError
+from settings.hyperparameters import Config
 
 _FILES = ('lock', 'config.json', 'environment.json', 'mlperf.log', 'metrics.jsonl')
 _FOLDERS = ('tensorboard', 'checkpoints', 'profile')
@@ -42,7 +44,7 @@ _VERSIONS_OF = (
 )
 
 
-class WorkDirectoryError(RuntimeError):
+class WorkDirectoryError(RejectedError):
     """A work directory that this run must not or cannot use; the text says what to do."""
 
 
@@ -58,12 +60,12 @@ def _write(path: Path, value: Any) -> None:
 
 def _read(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        return json_object.read(path)
+        return loading.read_object(path)
     except ValueError as error:
         raise WorkDirectoryError(f'{error}; {remedy}') from error
 
 
-def open_for(config: Mapping[str, Any], dataset: Any, path: Path) -> int | None:
+def open_for(config: Config, dataset: Any, path: Path) -> int | None:
     """Claims `path` for a run of `config`, new or to be resumed; called by process 0.
 
     Nothing but the file `lock` is written, and that only where a run is or may begin.
@@ -106,9 +108,7 @@ def open_for(config: Mapping[str, Any], dataset: Any, path: Path) -> int | None:
             f'{recorded} is damaged: "seed" is {json.dumps(seed)}, not a whole number in '
             f'[0, 2^63); {_REMEDY}'
         )
-    ours = dict(config)
-    if ours['seed'] is None:
-        ours['seed'] = seed
+    ours = config if config.seed is not None else dataclasses.replace(config, seed=seed)
     differences = hyperparameters.differences(ours, theirs)
     if differences:
         raise WorkDirectoryError(
@@ -179,7 +179,7 @@ def _commit() -> str:
         return os.environ.get('COMMIT', 'unknown')
 
 
-def record(config: Mapping[str, Any], dataset: Any, path: Path) -> None:
+def record(config: Config, dataset: Any, path: Path) -> None:
     """Writes config.json and environment.json, which counts the starts and keeps earlier ones.
 
     Raises:
@@ -200,7 +200,7 @@ def record(config: Mapping[str, Any], dataset: Any, path: Path) -> None:
     earlier = _earlier(path / 'environment.json', _data(dataset))
     starts = 1 + sum(last.pop('starts', 1) for last in earlier[-1:])
     earlier = [start for start in earlier if start != now]
-    _write(path / 'config.json', dict(config))
+    _write(path / 'config.json', dataclasses.asdict(config))
     more = {'starts': starts} | ({'earlier': earlier} if earlier else {})
     _write(path / 'environment.json', now | more)
 

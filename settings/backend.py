@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be set before JAX starts, for its results to be right and the same every time.
+"""Environment variables that JAX and its libraries read when they start. Nothing here imports JAX.
 
-Nothing here imports JAX.
+Set before JAX starts its devices, they make results right and the same every time.
 """
 
 import os
@@ -24,8 +24,14 @@ def set_xla_flags(*flags: str) -> None:
     os.environ['XLA_FLAGS'] = ' '.join(have + new)
 
 
-def set_deterministic() -> None:
-    """Makes a GPU's kernels and the sums over GPUs repeat bit for bit."""
-    set_xla_flags(*DETERMINISTIC_GPU_FLAGS)
-    for name, value in DETERMINISTIC_NCCL.items():
-        os.environ.setdefault(name, value)
+def prepare(deterministic: bool) -> None:
+    """Sets what a run needs.
+
+    Args:
+      deterministic: whether a GPU's kernels and the sums over GPUs must repeat bit for bit.
+    """
+    set_xla_flags(*(DETERMINISTIC_GPU_FLAGS if deterministic else ()))
+    if deterministic:
+        for name, value in DETERMINISTIC_NCCL.items():
+            os.environ.setdefault(name, value)
+    os.environ['NVIDIA_TF32_OVERRIDE'] = '0'  # A second lock: float32 is float32.

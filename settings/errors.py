@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run can end: the exit statuses, once, and the errors that carry them."""
 
+import enum
+
 REACHED, MISSED, REJECTED, FAILED, INTERRUPTED = 0, 1, 2, 3, 75
 
 
@@ -34,3 +36,20 @@ class DataError(FailedError):
 
 class SaveError(FailedError):
     """Something that a run writes could not be written; the text names it."""
+
+
+class Outcome(enum.Enum):
+    """How a run ended that was not rejected and has not failed; its value is what people read."""
+
+    REACHED = 'the target was reached'
+    MISSED = 'the target was missed'
+    INTERRUPTED = 'the run was interrupted and saved; the same command resumes it'
+
+    @property
+    def status(self) -> int:
+        """The program's exit status."""
+        return {
+            Outcome.REACHED: REACHED,
+            Outcome.MISSED: MISSED,
+            Outcome.INTERRUPTED: INTERRUPTED,
+        }[self]

@@ -1,194 +1,163 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every setting of a run, once: its name, type, constraint, MLPerf log key and meaning.
+"""Every setting of a run, once: its name, type, rule, MLPerf log key and meaning.
 
-A configuration (a mapping from names to values) goes in; out come either every fault that it has,
-at once, or a frozen configuration that is known to be good. Validation, flags, log lines and the
-README's table all read the one table. Its constraints are in rules.py.
+`Config` declares the fields that all workloads have; a workload extends it with its own, and may
+declare one again with a narrower rule. A mapping from names to values goes in; out comes either
+every error that it has, at once, or a frozen `Config` that is known to be good. Validation, flags,
+log lines and the README's table all read the same declarations.
 """
 
 import dataclasses
 import difflib
+import functools
 import math
+import types
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from ml_collections import FrozenConfigDict
-
+from settings.errors import ConfigError
 from settings.rules import (
-    AUGMENTATIONS,
     BOOLEAN,
-    DATASETS,
-    DECAY,
-    DECAY_STEPS,
-    DEVICE_BATCH,
-    DIVISION,
     DTYPES,
-    EPOCHS,
-    EVALUATED,
-    FRACTION,
-    IMAGE_SIZE,
-    MODELS,
-    MOMENTUM,
-    NOT_NEGATIVE,
-    OFFSET,
     PATH,
     POSITIVE,
-    RATE,
     SEED,
-    SPAN,
     STATUSES,
     TEXT,
-    WARMUP,
     WORKERS,
     WORKERS_OR_NONE,
     Rule,
-    one_of,
 )
 
-# The largest per-device batch of ResNet-50 at 224×224 in fp32 that fits the memory. A hint for
-# speed alone: the results do not depend on it.
-ACCELERATORS = {'any': 512, 'v100-16gb': 64, 'v100-32gb': 128, 'a100': 256, 'h200': 512}
+# 'benchmark' fields decide what is computed; 'hardware' fields only how fast; 'run' fields only
+# what is written about it.
+Group = Literal['benchmark', 'hardware', 'run']
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the text lists every fault and what would be right."""
+def field(
+    rule: Rule,
+    help: str,  # noqa: A002
+    *,
+    log_key: str | Mapping[str, str] | None = None,
+    group: Group = 'benchmark',
+    fits: str | None = None,
+) -> Any:
+    """Declares a field of a configuration.
+
+    Args:
+      rule: its constraint.
+      help: what it means, with its unit.
+      log_key: the MLPerf log key, or one for each optimizer, or None if the rules log none.
+      group: what the field decides.
+      fits: another field that its value was chosen for: a flag that changes that one must come with
+        a flag for this one.
+    """
+    return dataclasses.field(
+        metadata={'rule': rule, 'help': help, 'log_key': log_key, 'group': group, 'fits': fits}
+    )
+
+
+_hardware = functools.partial(field, group='hardware')
+_run = functools.partial(field, group='run')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The fields that every workload has."""
+
+    benchmark: str = field(TEXT, 'The benchmark, by the name that MLPerf gives it.')
+    model: str = field(TEXT, 'The network.')
+    dataset: str = field(TEXT, 'The data set.')
+    global_batch_size: int = field(
+        POSITIVE, 'Examples per optimizer step.', log_key='global_batch_size'
+    )
+    optimizer: str = field(TEXT, 'The optimizer.', log_key='opt_name')
+    dtype: str = field(DTYPES, 'Of activations and convolutions; all else is float32 always.')
+    seed: int | None = field(
+        SEED,
+        "The run's only seed; none: from the system's entropy. Given for debugging and comparison "
+        'alone.',
+        log_key='seed',
+    )
+    init_from: str | None = field(
+        PATH, 'Checkpoint whose weights the run starts from; none: random ones.'
+    )
+
+    per_device_batch: int | None = _hardware(
+        POSITIVE, 'Examples per device and micro-step; none: the largest that fits.'
+    )
+    data_processes: int = _hardware(
+        WORKERS_OR_NONE, 'Decoding processes per training process; 0: threads alone.'
+    )
+    data_threads: int | None = _hardware(
+        WORKERS, 'Decoding threads per process; none: one per core.'
+    )
+    deterministic: bool = _hardware(
+        BOOLEAN, 'Bitwise reproducible on a GPU too, at some cost in speed.'
+    )
+
+    data_dir: str = _run(PATH, 'Folder that holds the prepared data sets.')
+    log_every_steps: int = _run(POSITIVE, 'Optimizer steps between two lines of metrics.')
+    checkpoint_every_steps: int | None = _run(
+        POSITIVE,
+        'Optimizer steps between checkpoints beside those at evaluations; none: no others.',
+    )
+    stall_seconds: int | None = _run(
+        POSITIVE,
+        'A run in which nothing happens for so long (no step, no evaluation batch) says where it '
+        'hangs and is ended, to be resumed; none: never.',
+    )
+    drop_page_cache: bool = _run(
+        BOOLEAN,
+        "Drop the system's page cache first (needs root); the log says whether it was dropped.",
+    )
+    division: str = _run(TEXT, 'MLPerf division.', log_key='submission_division')
+    org: str = _run(TEXT, 'Submitting organisation.', log_key='submission_org')
+    platform: str = _run(TEXT, 'Name of the system.', log_key='submission_platform')
+    status: str = _run(STATUSES, 'Availability of the system.', log_key='submission_status')
+
+
+AnyConfig = TypeVar('AnyConfig', bound=Config)
 
 
 @dataclasses.dataclass(frozen=True)
-class Hyperparameter:
-    """One line of the table.
+class Field:
+    """A declared field; see `field` for what the attributes mean.
 
-    Attributes:
-      name: the field of the configuration and of its flag, `--config.NAME`.
-      type: int, float, str or bool. An int is accepted for a float.
-      help: what it means, with its unit.
-      rule: its constraint.
-      log_key: the MLPerf log key, or one per optimizer, or None if the rules log none.
-      group: 'benchmark' fields decide what is computed; 'hardware' fields only how fast;
-        'run' fields only what is written down about it.
-      optional: whether None is a value.
+    An int is accepted for a float; None is a value of an optional field.
     """
 
     name: str
     type: type
-    help: str
+    optional: bool
     rule: Rule
-    log_key: str | Mapping[str, str] | None = None
-    group: str = 'benchmark'
-    optional: bool = False
+    help: str
+    log_key: str | Mapping[str, str] | None
+    group: Group
+    fits: str | None
 
 
-def _by_optimizer(suffix: str) -> dict[str, str]:
-    return {'lars': f'lars_opt_{suffix}', 'sgd': f'sgd_opt_{suffix}'}
+def table(config_type: type[Config]) -> dict[str, Field]:
+    """The fields of a workload's configuration by name, those that decide the result first."""
+    annotated = typing.get_type_hints(config_type)
+    fields = []
+    for declared in dataclasses.fields(config_type):
+        kind = annotated[declared.name]
+        optional = isinstance(kind, types.UnionType)
+        if optional:
+            kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+        fields.append(Field(declared.name, kind, optional, **declared.metadata))
+    groups = typing.get_args(Group)
+    return {entry.name: entry for entry in sorted(fields, key=lambda f: groups.index(f.group))}
 
 
-_WARMUP_KEYS = {
-    'lars': 'lars_opt_learning_rate_warmup_epochs',
-    'sgd': 'opt_learning_rate_warmup_epochs',
-}
-
-
-# fmt: off
-_BENCHMARK = (
-    # What is trained, on what.
-    ('model', str, 'The network.', MODELS),
-    ('padding', str, "Of stride-2 windows: PyTorch's (exportable), or the official "
-     "TensorFlow graph's.", one_of('symmetric', 'same')),
-    ('truncated_init', bool, 'Convolutions start from a truncated normal distribution, else from a '
-     'normal one.', BOOLEAN),
-    ('dataset', str, 'The data set.', DATASETS),
-    ('image_size', int, 'Height and width of an image as the network sees it, pixels.', IMAGE_SIZE),
-    ('augmentation', str, 'crop_resize: random area and aspect, resized, flipped; pad_crop: '
-     'shifted by up to an eighth of the size; pad_crop_flip: the same, flipped.', AUGMENTATIONS),
-    # The tunable hyperparameters of the benchmark.
-    ('global_batch_size', int, 'Examples per optimizer step.', POSITIVE, 'global_batch_size'),
-    ('bn_span', int, 'Examples whose statistics normalise a training example.', SPAN,
-     'model_bn_span'),
-    ('optimizer', str, 'The optimizer.', one_of('lars', 'sgd'), 'opt_name'),
-    ('learning_rate', float, 'Base learning rate, reached at the end of the warm-up.', RATE,
-     _by_optimizer('base_learning_rate')),
-    ('end_learning_rate', float, 'Learning rate at the end of the decay.', one_of(0.0001),
-     _by_optimizer('end_learning_rate')),
-    ('decay_power', int, 'Power of the polynomial decay.', one_of(2),
-     _by_optimizer('learning_rate_decay_poly_power')),
-    ('warmup_epochs', float, 'Epochs of linear warm-up.', WARMUP, _WARMUP_KEYS),
-    ('decay_steps', int, 'Optimizer steps of decay, after the warm-up.', DECAY_STEPS,
-     _by_optimizer('learning_rate_decay_steps')),
-    ('momentum', float, 'Momentum of the optimizer.', MOMENTUM, _by_optimizer('momentum')),
-    ('weight_decay', float, 'λ: LARS adds λ·w to the gradient, SGD 2·λ·w.', DECAY,
-     _by_optimizer('weight_decay')),
-    ('lars_epsilon', float, "Added to the denominator of LARS's trust ratio.", one_of(0.0),
-     {'lars': 'lars_epsilon'}),
-    ('label_smoothing', float, 'Probability spread evenly over all classes.', one_of(0.0, 0.1)),
-    # When it is judged, and when it ends.
-    ('eval_every_epochs', int, 'Epochs between evaluations.', EPOCHS),
-    ('eval_offset_epochs', int, 'Evaluates after epochs e ≡ offset (mod eval_every_epochs).',
-     OFFSET),
-    ('max_epochs', int, 'The run is aborted if it has not met the target by then.', EVALUATED),
-    ('target_top1', float, 'Top-1 accuracy on the evaluation set that ends the run.', FRACTION),
-    ('dtype', str, 'Of activations and convolutions; all else is float32 always.', DTYPES),
-)
-_OPTIONAL_BENCHMARK = (
-    ('seed', int, "The run's only seed; none: from the system's entropy. Given for debugging and "
-     'comparison alone.', SEED, 'seed'),
-    ('init_from', str, 'Checkpoint whose weights the run starts from; none: random ones.',
-     PATH),
-)
-_HARDWARE = (
-    ('accelerator', str, 'Bounds the automatic per-device batch by its memory.',
-     one_of(*ACCELERATORS)),
-    ('data_processes', int, 'Decoding processes per training process; 0: threads alone.',
-     WORKERS_OR_NONE),
-    ('cache_gib', float, 'Decoded images of a split stay in the memory of each process that reads '
-     'them, if all of them need at most so many GiB.',
-     NOT_NEGATIVE),
-    ('deterministic', bool, 'Bitwise reproducible on a GPU too, at some cost in speed.', BOOLEAN),
-)
-_OPTIONAL_HARDWARE = (
-    ('per_device_batch', int, 'Examples per device and micro-step; none: the largest that fits.',
-     DEVICE_BATCH),
-    ('data_threads', int, 'Decoding threads per process; none: one per core.', WORKERS),
-)
-_RUN = (
-    ('data_dir', str, 'Folder that holds the prepared data sets.', PATH),
-    ('log_every_steps', int, 'Optimizer steps between two lines of metrics.', POSITIVE),
-    ('drop_page_cache', bool, "Drop the system's page cache first (needs root); the log says "
-     'whether it was dropped.', BOOLEAN),
-    ('division', str, 'MLPerf division.', DIVISION, 'submission_division'),
-    ('org', str, 'Submitting organisation.', TEXT, 'submission_org'),
-    ('platform', str, 'Name of the system.', TEXT, 'submission_platform'),
-    ('status', str, 'Availability of the system.', STATUSES, 'submission_status'),
-)
-_OPTIONAL_RUN = (
-    ('stall_seconds', int, 'A run in which nothing happens for so long (no step, no evaluation '
-     'batch) says where it hangs and is ended, to be resumed; none: never.', POSITIVE),
-    ('checkpoint_every_steps', int, 'Optimizer steps between checkpoints beside those at '
-     'evaluations; none: no others.', POSITIVE),
-)
-# fmt: on
-
-TABLE: tuple[Hyperparameter, ...] = tuple(
-    dataclasses.replace(Hyperparameter(*row), group=group, optional=optional)
-    for rows, group, optional in (
-        (_BENCHMARK, 'benchmark', False),
-        (_OPTIONAL_BENCHMARK, 'benchmark', True),
-        (_HARDWARE, 'hardware', False),
-        (_OPTIONAL_HARDWARE, 'hardware', True),
-        (_RUN, 'run', False),
-        (_OPTIONAL_RUN, 'run', True),
-    )
-    for row in rows
-)
-BY_NAME = {entry.name: entry for entry in TABLE}
-
-
-def parse(name: str, text: str) -> Any:
+def parse(entry: Field, text: str) -> Any:
     """The value of a flag's text: 'none' where optional, 'true'/'false' for a bool.
 
     Raises:
       ValueError: when the text is no value of the field's type.
     """
-    entry = BY_NAME[name]
     if entry.optional and text.lower() == 'none':
         return None
     if entry.type is bool:
@@ -196,7 +165,7 @@ def parse(name: str, text: str) -> Any:
     return entry.type(text)
 
 
-def _has_type(entry: Hyperparameter, value: Any) -> bool:
+def _has_type(entry: Field, value: Any) -> bool:
     if value is None:
         return entry.optional
     if isinstance(value, bool):
@@ -213,17 +182,20 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _fault_of(entry: Hyperparameter, value: Any, config: Mapping[str, Any]) -> str | None:
-    if not _has_type(entry, value):
+def _error_of(entry: Field, values: Mapping[str, Any], typed: Mapping[str, Any]) -> str | None:
+    """What is wrong with a field; `typed` are the values that have their field's type."""
+    value, rule = values[entry.name], entry.rule
+    if entry.name not in typed:
         orelse = ' or none' if entry.optional else ''
         return f'{entry.name}={_shown(value)} is not of type {entry.type.__name__}{orelse}'
-    try:
-        if value is None or entry.rule.holds(value, config):
-            return None
-        advice = entry.rule.advice(value, config)
-    except (TypeError, ZeroDivisionError):  # By another field, which has an error of its own.
+    if value is None or not all(name in typed for name in rule.reads):
         return None
-    return f'{entry.name}={_shown(value)} breaks the rule: {entry.rule.words}{advice}'
+    others = [typed[name] for name in rule.reads]
+    if rule.holds(value, *others):
+        return None
+    return (
+        f'{entry.name}={_shown(value)} breaks the rule: {rule.words}{rule.advice(value, *others)}'
+    )
 
 
 def _shown(value: Any) -> str:
@@ -235,72 +207,87 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f'{text[:200]}…'
 
 
-def unknown_name(name: str) -> str:
-    """The fault of a field that is not in the table, with the closest that is."""
-    close = difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0.5)
+def unknown_name(config_type: type[Config], name: str) -> str:
+    """The error of a field that does not exist, with the closest that does."""
+    close = difflib.get_close_matches(name, table(config_type), n=1, cutoff=0.5)
     return f'{name} is no hyperparameter' + (f'; did you mean {close[0]}?' if close else '')
 
 
-def resolve(base: Mapping[str, Any], overrides: Mapping[str, str]) -> FrozenConfigDict:
-    """Judges a configuration whole.
+def resolve(
+    config_type: type[AnyConfig], base: Mapping[str, Any], overrides: Mapping[str, str]
+) -> AnyConfig:
+    """Checks a configuration as a whole.
 
     Args:
+      config_type: the workload's.
       base: values by name, from a configuration file.
       overrides: texts by name, from flags; they win.
 
     Raises:
-      ConfigError: listing every fault, each with field, value and rule.
+      ConfigError: listing every error, each with field, value and rule.
     """
-    faults = [unknown_name(str(name)) for name in (*base, *overrides) if name not in BY_NAME]
-    values = {name: value for name, value in base.items() if name in BY_NAME}
+    fields = table(config_type)
+    errors = [
+        unknown_name(config_type, str(name)) for name in (*base, *overrides) if name not in fields
+    ]
+    values = {name: value for name, value in base.items() if name in fields}
     for name, text in overrides.items():
-        if name not in BY_NAME:
+        if name not in fields:
             continue
         try:
-            values[name] = parse(name, text)
+            values[name] = parse(fields[name], text)
         except ValueError:
-            faults.append(f'{name}={_shown(text)} is not of type {BY_NAME[name].type.__name__}')
+            errors.append(f'{name}={_shown(text)} is not of type {fields[name].type.__name__}')
             values.pop(name, None)
-    broken = {fault.split('=', 1)[0] for fault in faults}
-    for entry in TABLE:
+    reported = {error.split('=', 1)[0] for error in errors}
+    typed = {name: value for name, value in values.items() if _has_type(fields[name], value)}
+    for entry in fields.values():
         if entry.name in values:
-            fault = _fault_of(entry, values[entry.name], values)
-            faults += [fault] if fault else []
-        elif entry.name not in broken:
-            faults.append(f'{entry.name} is missing')
-    faults += _rate_of_another_optimizer(base, overrides)
-    if faults:
-        raise ConfigError('The configuration has faults:\n  ' + '\n  '.join(faults))
-    return FrozenConfigDict({entry.name: values[entry.name] for entry in TABLE})
+            error = _error_of(entry, values, typed)
+            errors += [error] if error else []
+        elif entry.name not in reported:
+            errors.append(f'{entry.name} is missing')
+        errors += _stale(entry, base, overrides, typed)
+    if errors:
+        raise ConfigError('The configuration has errors:\n  ' + '\n  '.join(errors))
+    return config_type(**values)
 
 
-def _rate_of_another_optimizer(base: Mapping[str, Any], overrides: Mapping[str, str]) -> list[str]:
-    """LARS and SGD take rates of different size, so one must not be used for the other."""
-    ours, theirs = overrides.get('optimizer'), base.get('optimizer')
-    if ours not in ('lars', 'sgd') or ours == theirs or 'learning_rate' in overrides:
+def _stale(
+    entry: Field,
+    base: Mapping[str, Any],
+    overrides: Mapping[str, str],
+    typed: Mapping[str, Any],
+) -> list[str]:
+    """The error of a value that was chosen for another value of the field that it fits."""
+    other = entry.fits
+    if other is None or other not in overrides or entry.name in overrides:
+        return []
+    ours, theirs = typed.get(other), base.get(other)
+    if ours is None or ours == theirs:
         return []
     return [
-        f'learning_rate={_shown(base.get("learning_rate"))} is given for optimizer={theirs}; with '
-        f'optimizer={ours} add --config.learning_rate=RATE'
+        f'{entry.name}={_shown(base.get(entry.name))} is given for {other}={theirs}; with '
+        f'{other}={ours} add --config.{entry.name}=VALUE'
     ]
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def differences(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
     """Fields that decide what is computed and have other values in another configuration."""
     return [
-        f'{entry.name}: {theirs.get(entry.name)!r} there, {ours[entry.name]!r} here'
-        for entry in TABLE
-        if entry.group == 'benchmark' and ours[entry.name] != theirs.get(entry.name)
+        f'{name}: {theirs.get(name)!r} there, {getattr(ours, name)!r} here'
+        for name, entry in table(type(ours)).items()
+        if entry.group == 'benchmark' and getattr(ours, name) != theirs.get(name)
     ]
 
 
-def logged(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The table's MLPerf log lines, value by key, for the optimizer in use."""
+def logged(config: Config) -> dict[str, Any]:
+    """The MLPerf log lines of a configuration, value by key, for the optimizer in use."""
     lines = {}
-    for entry in TABLE:
+    for name, entry in table(type(config)).items():
         key = entry.log_key
         if isinstance(key, Mapping):
-            key = key.get(config['optimizer'])
+            key = key.get(config.optimizer)
         if key:
-            lines[key] = config[entry.name]
+            lines[key] = getattr(config, name)
     return lines

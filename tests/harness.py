@@ -8,16 +8,19 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 
 import train_lib
-from input_pipeline import Pipeline, find_dataset
 from models.resnet.network import ResNet
 from settings import hyperparameters
-from settings.plan import make_plan
+from settings.plan import Plan, make_plan
 from training import processes
-from workloads.resnet import optimizers
+from workloads.resnet import images, optimizers
+from workloads.resnet.fields import ResNetConfig
+from workloads.resnet.records import find_dataset
 from workloads.resnet.task import ImageClassification
+from workloads.resnet.workload import WORKLOAD
 
 
 class TinyBottleneck(ImageClassification):
@@ -30,9 +33,9 @@ class TinyBottleneck(ImageClassification):
             bottleneck=True,
             width=8,
             num_classes=self.num_classes,
-            bn_span=self.config['bn_span'],
+            bn_span=self.config.bn_span,
             large_stem=True,
-            dtype=self.config['dtype'],
+            dtype=self.config.dtype,
         )
 
 
@@ -45,11 +48,25 @@ class Trained:
     batches: list[dict[str, np.ndarray]]
 
 
-def resolve(name, data_dir, **overrides):
+def resolve(name, data_dir, **overrides) -> ResNetConfig:
     """A committed configuration with overrides."""
-    config = importlib.import_module(f'configs.{name}').get_config()
+    base = importlib.import_module(f'configs.{name}').get_config()
     texts = {key: str(value) for key, value in (overrides | {'data_dir': data_dir}).items()}
-    return hyperparameters.resolve(config, texts)
+    return hyperparameters.resolve(ResNetConfig, base, texts)
+
+
+def plan_for(config, *, num_train, num_eval=10, num_devices=1) -> Plan:
+    """A run's plan, for a training set of any size."""
+    course = WORKLOAD.course(config, num_train)
+    return make_plan(
+        config, course, num_train=num_train, num_eval=num_eval, num_devices=num_devices
+    )
+
+
+def optimizer_for(config, plan) -> tuple[optax.MultiSteps, optax.Schedule]:
+    """A run's optimizer and its learning rate."""
+    transformation, schedule = optimizers.create(config, plan)
+    return train_lib.accumulated(transformation, plan.accumulation_steps), schedule
 
 
 def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches=None) -> Trained:
@@ -61,25 +78,24 @@ def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches
     mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
     num_train, num_eval, num_classes = 4096, 10, 10
     if batches is None:
-        dataset = find_dataset(config['dataset'], config['data_dir'])
+        dataset = find_dataset(config.dataset, config.data_dir)
         num_train, num_eval = dataset.num_train, dataset.num_eval
         num_classes = dataset.num_classes
-    plan = make_plan(config, num_train=num_train, num_eval=num_eval, num_devices=devices)
+    plan = plan_for(config, num_train=num_train, num_eval=num_eval, num_devices=devices)
     task = task_type(config, num_classes)
-    optimizer = optimizers.create(config, plan)
-    programs = train_lib.compile_steps(task, optimizer, plan.micro_batch, mesh)
-    state = programs.to_all(train_lib.initial_state(config['seed'], task, optimizer))
+    optimizer, schedule = optimizer_for(config, plan)
+    programs = train_lib.compile_steps(task, optimizer, schedule, plan.micro_batch, mesh)
+    state = train_lib.replicate(mesh, train_lib.initial_state(config.seed, task, optimizer))
     micro_steps = steps * plan.accumulation_steps
     if batches is None:
         share = processes.share_of(mesh, plan.micro_batch)
-        source = Pipeline(dataset, config, config['seed'], share).train(0, micro_steps)
+        source = images.pipeline(dataset, config, config.seed, share).train(0, micro_steps)
     else:
         size = plan.micro_batch
         source = (batches(i * size, (i + 1) * size) for i in range(micro_steps))
-    flags = programs.to_devices(np.zeros(devices, np.int32))
     seen, metrics = [], []
     for batch in source:
-        state, values = programs.train(state, programs.to_devices(batch), flags)
+        state, values = programs.train(state, train_lib.split(mesh, batch))
         seen.append(batch)
         metrics.append(jax.device_get(values))
     return Trained(jax.device_get(state), metrics, seen)
@@ -100,25 +116,23 @@ def train_fp64(config, plan, micro_batches, task_type=ImageClassification):
       (initial variables, loss of every micro-step, final variables), all on the host.
     """
     with jax.enable_x64(True):
-        task, optimizer = task_type(config, 10), optimizers.create(config, plan)
+        task = task_type(config, 10)
+        optimizer, schedule = optimizer_for(config, plan)
         first = jax.tree.map(lambda a: a.astype(np.float64), dict(task.init(jax.random.key(0))))
         scale = train_lib.LossScale(jax.numpy.float64(1), jax.numpy.int32(0))
         state = train_lib.TrainState(first, optimizer.init(first), scale)
         mesh = Mesh(np.array(jax.devices()[: plan.num_devices]), (train_lib.AXIS,))
         # Where the step leaves it, or the second one would be compiled again.
         state = jax.device_put(state, NamedSharding(mesh, train_lib.REPLICATED))
-        step = jax.jit(
-            jax.shard_map(
-                functools.partial(train_lib.train_step, task=task, optimizer=optimizer),
-                mesh=mesh,
-                in_specs=(train_lib.REPLICATED, train_lib.SHARDED, train_lib.SHARDED),
-                out_specs=train_lib.REPLICATED,
-                check_vma=False,
-            )
+        step = train_lib.lifted(
+            functools.partial(
+                train_lib.train_step, task=task, optimizer=optimizer, schedule=schedule
+            ),
+            mesh,
         )
         losses = []
         for batch in micro_batches:
-            state, metrics = step(state, batch, np.zeros(plan.num_devices, np.int32))
+            state, metrics = step(state, batch)
             losses.append(float(metrics['loss']))
         return jax.device_get(first), losses, jax.device_get(state.variables)
 

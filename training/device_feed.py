@@ -2,12 +2,15 @@
 """Batches on their way to the devices, and how long the loop waits for them."""
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from train_lib import Programs
+from jax.sharding import Mesh
+
+import train_lib
 
 
 @dataclasses.dataclass
@@ -24,8 +27,15 @@ class Clock:
         self.since, self.waiting_for_input = now, 0.0
         return max(seconds, 1e-9), waiting
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in the block does not count."""
+        before = time.monotonic()
+        yield
+        self.since += time.monotonic() - before
 
-def on_devices(batches: Iterator[Any], programs: Programs, clock: Clock) -> Iterator[Any]:
+
+def on_devices(batches: Iterator[Any], mesh: Mesh, clock: Clock) -> Iterator[Any]:
     """Batches on the devices, each sent while the one before it is used."""
     sent: collections.deque = collections.deque()
     exhausted = False
@@ -36,7 +46,7 @@ def on_devices(batches: Iterator[Any], programs: Programs, clock: Clock) -> Iter
             clock.waiting_for_input += time.monotonic() - before
             exhausted = batch is None
             if batch is not None:
-                sent.append(programs.to_devices(batch))
+                sent.append(train_lib.split(mesh, batch))
         if not sent:
             return
         yield sent.popleft()

@@ -1,73 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation alone: the quality of any checkpoint, ours or imported, over the whole set."""
+"""Evaluation over the whole set: the one loop, for training and for `--mode=eval`."""
 
 import collections
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 import train_lib
-from input_pipeline import Dataset, Pipeline
-from settings import hyperparameters
+from settings.errors import CheckpointError, ConfigError
+from settings.hyperparameters import Config
 from training import checkpointing, processes
-from workloads.resnet.task import ImageClassification
+from training.device_feed import Clock, on_devices
+from training.workload import Dataset, Workload
 
 
-def evaluate(config: Mapping[str, Any], dataset: Dataset) -> dict[str, float]:
+def _nothing() -> bool:
+    return False
+
+
+def total(
+    program: Callable[[Any, Any], dict[str, jax.Array]],
+    variables: train_lib.Variables,
+    batches: Iterator[Any],
+    mesh: Mesh,
+    *,
+    poll: Callable[[], Any] = _nothing,
+    beat: Callable[[], None] = lambda: None,
+) -> dict[str, Any] | None:
+    """Adds up what the evaluation step gives over all batches.
+
+    Args:
+      program: the compiled evaluation step.
+      variables: of the model, on the devices.
+      batches: of host arrays, this process's part.
+      mesh: of the devices.
+      poll: asks all processes whether to stop, as `StopRequest.poll`.
+      beat: is called after every batch.
+
+    Returns:
+      The sums; None if the run was asked to stop.
+    """
+    totals: dict[str, Any] = collections.defaultdict(int)
+    pending: collections.deque = collections.deque()
+
+    def read() -> bool:
+        sums, stop = jax.device_get(pending.popleft())
+        for name, value in sums.items():
+            totals[name] += value.item()
+        beat()
+        return bool(stop)
+
+    for batch in on_devices(batches, mesh, Clock()):
+        pending.append((program(variables, batch), poll()))
+        if len(pending) > 2 and read():
+            return None
+    while pending:
+        if read():
+            return None
+    return dict(totals)
+
+
+def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, float]:
     """Evaluates the checkpoint `init_from`; writes nothing.
 
     Nothing of training is compiled or judged: a global batch that does not fit the devices does not
     matter here.
 
     Returns:
-      {'eval_top1', 'eval_loss', 'examples'}: every example of the set counts once.
+      The task's quality and 'examples': every example of the set counts once.
 
     Raises:
       ConfigError: when `init_from` names no checkpoint.
       CheckpointError: when it is damaged, of another model or number of classes, or diverged: an
         array or the loss is not finite.
     """
-    if config['init_from'] is None:
-        raise hyperparameters.ConfigError(
+    if config.init_from is None:
+        raise ConfigError(
             'evaluation needs --config.init_from=PATH, a checkpoint (WORKDIR/checkpoints/STEP)'
         )
-    task = ImageClassification(config, dataset.num_classes)
+    path, task, mesh = Path(config.init_from), workload.task(config, dataset), train_lib.make_mesh()
     shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
-    weights = processes.lead_does(lambda: _weights(Path(config['init_from']), zeros, dataset))
-    weights = processes.from_lead(zeros if weights is None else weights)
-    mesh, place = train_lib.make_mesh(), jax.make_array_from_process_local_data
-    replicated = NamedSharding(mesh, train_lib.REPLICATED)
-    sharded = NamedSharding(mesh, train_lib.SHARDED)
-    sums_of = jax.jit(task.evaluate, out_shardings=replicated)
-    variables = jax.tree.map(lambda x: place(replicated, x, x.shape), weights)
-    fitting = config['per_device_batch'] or hyperparameters.ACCELERATORS[config['accelerator']]
-    per_device_batch = min(fitting, -(-dataset.num_eval // mesh.size))
-    share = processes.share_of(mesh, mesh.size * per_device_batch)
-    totals: dict[str, Any] = collections.defaultdict(int)
-    for batch in Pipeline(dataset, config, 0, share).evaluation():
-        sums = sums_of(variables, jax.tree.map(lambda x: place(sharded, x), batch))
-        for name, value in jax.device_get(sums).items():
-            totals[name] += value.item()
-    quality = task.quality(totals)
+
+    def read() -> train_lib.Variables:
+        weights, replaced = checkpointing.initial_weights(path, zeros, workload.head)
+        if replaced:
+            raise CheckpointError(
+                f'{path} is not for {dataset.name}: {", ".join(replaced)} have another shape; '
+                'there is nothing to evaluate'
+            )
+        return weights
+
+    weights = processes.from_lead(processes.lead_does(read) or zeros)
+    limits = workload.course(config, dataset.num_train).device_batch
+    fitting = config.per_device_batch or limits.largest
+    batch_size = mesh.size * min(fitting, math.ceil(dataset.num_eval / mesh.size))
+    share = processes.share_of(mesh, batch_size)
+    sums = total(
+        train_lib.lower_evaluate(task, batch_size, mesh).compile(),
+        train_lib.replicate(mesh, weights),
+        workload.pipeline(config, dataset, 0, share).evaluation(),
+        mesh,
+    )
+    assert sums is not None
+    quality = task.quality(sums)
     wild = [f'{name} = {value}' for name, value in quality.items() if not np.isfinite(value)]
     if wild:
-        raise checkpointing.CheckpointError(
-            f'init_from={config["init_from"]} has diverged: {", ".join(wild)} is not finite'
-        )
-    return quality | {'examples': totals['examples']}
-
-
-def _weights(path: Path, ours: Mapping[str, Any], dataset: Dataset) -> Mapping[str, Any]:
-    """The checkpoint's variables, all of them."""
-    theirs = checkpointing.initial_weights(path, ours)
-    if theirs['params']['fc'] is ours['params']['fc']:
-        raise checkpointing.CheckpointError(
-            f'{path} has another number of classes than the {dataset.num_classes} of '
-            f'{dataset.name}; there is nothing to evaluate'
-        )
-    return theirs
+        raise CheckpointError(f'init_from={path} has diverged: {", ".join(wild)} is not finite')
+    return quality | {'examples': sums['examples']}

@@ -1,31 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a run: how they find each other, agree, and are asked to stop."""
+"""The processes of a run: how they find each other, agree, and end."""
 
 import contextlib
-import multiprocessing
+import json
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import cache_key  # For want of a public way; see _compile_once.
-from jax._src.lib import xla_client
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from input_pipeline import Share
-from train_lib import Programs
+from settings.errors import RejectedError
 
-EXIT_REFUSED = 2  # As in main.py.
 HEARTBEAT_TIMEOUT_SECONDS = 30  # A peer that is silent for so long ends the others.
+END_SECONDS = 10.0  # In which a process that failed has ended; see _end_soon.
 
 
-class StartError(RuntimeError):
+class StartError(RejectedError):
     """The processes could not start together; the text says what to do."""
 
 
@@ -40,6 +36,32 @@ def _in_cluster() -> bool:
     # Of the pods of a cluster, only those of an indexed job belong together.
     kubernetes = 'KUBERNETES_SERVICE_HOST' in environment and 'JOB_COMPLETION_INDEX' in environment
     return slurm or open_mpi or kubernetes
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> Iterator[None]:
+    """Joins the run's other processes, for what is done inside; see `initialize`."""
+    try:
+        initialize(coordinator, num_processes, process_id, timeout)
+        yield
+    except Exception:
+        if jax.distributed.is_initialized():
+            _end_soon()
+        raise
+
+
+def _end_soon() -> None:
+    """Has this process ended in END_SECONDS, by SIGUSR1 if need be.
+
+    At its exit JAX waits for the other processes, which may wait for this one. After some minutes
+    it would abort them all with a C++ stack trace. Where all fail, none has to wait.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    overdue = threading.Timer(END_SECONDS, os.kill, [os.getpid(), signal.SIGUSR1])
+    overdue.daemon = True
+    overdue.start()
 
 
 def initialize(
@@ -57,7 +79,6 @@ def initialize(
 
     Raises:
       StartError: when they cannot join, an argument is missing, or JAX cannot start its devices.
-        When one does not appear in time this process prints an error and ends with status 2.
     """
     given = coordinator is not None
     if given != (num_processes is not None) or given != (process_id is not None):
@@ -69,12 +90,10 @@ def initialize(
     if given or _in_cluster():
         _join(coordinator, num_processes, process_id, timeout)
     try:
-        platform = jax.default_backend()
+        jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # The latter where no GPU is visible at all.
         reason = str(error) or 'it finds none'
         raise StartError(f'JAX could not start its devices: {reason}. {_remedy()}') from error
-    if coordinator and coordinator.startswith('127.0.0.1:') and platform == 'cpu':
-        _compile_once()
 
 
 def _check_place(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -106,75 +125,35 @@ def _join(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> None:
     """Waits for the run's other processes; see `initialize`."""
-    # Past its own limit JAX aborts the process with a C++ stack trace; a clear end comes first.
-    overdue = threading.Timer(timeout, _give_up, [timeout, coordinator])
-    overdue.daemon = True
-    overdue.start()
-    try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            initialization_timeout=timeout + 60,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+    # It would answer SIGTERM in our place (see stop_request.py).
+    jax.config.update('jax_enable_preemption_service', False)
+    errors: list[Exception] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                initialization_timeout=timeout + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+            )
+        except (RuntimeError, ValueError, TypeError) as error:
+            errors.append(error)
+
+    # In a thread, for past its own limit JAX aborts the process with a C++ stack trace.
+    waiting = threading.Thread(target=join, name='join', daemon=True)
+    waiting.start()
+    waiting.join(timeout)
+    if waiting.is_alive():
+        jax.distributed.shutdown()
+        raise StartError(
+            f'not all processes have joined within --start_timeout={timeout} seconds; check that '
+            f'all were started, and can reach the coordinator '
+            f'{coordinator or "that the cluster named"}'
         )
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise StartError(f'the processes could not join: {error}') from error
-    finally:
-        overdue.cancel()
-
-
-def _compile_once() -> None:
-    """Lets process 0 compile for all processes of a machine without GPUs.
-
-    They share its few cores and its compilation cache. JAX does the sharing if asked, but in 0.10
-    and 0.11 the key of a program on a CPU hashes a description of the machine in which every
-    process calls itself another name; process 0's takes its place. (On GPUs the keys are alike,
-    and XLA has the processes tune a program's kernels together, so there all compile.)
-    """
-    description = xla_client.get_topology_for_devices(jax.devices()).fingerprint()
-    shared = from_lead(np.array([description >> 32, description & 0xFFFFFFFF], np.uint32))
-    cache_key._hash_accelerator_config = lambda hash_obj, accelerators: hash_obj.update(
-        shared.tobytes()
-    )
-    jax.config.update('jax_share_binary_between_hosts', True)
-
-
-def keep_programs(folder: Path) -> None:
-    """Keeps compiled programs in a folder that all processes see; otherwise none are kept.
-
-    XLA has the processes of a run tune a program's kernels on their GPUs together. If one found the
-    program in its cache, others that did not would wait for its part, for a day.
-    """
-    if is_several():
-        number = from_lead(np.frombuffer(os.urandom(8), np.uint64))
-        mark = folder / f'seen-by-all-{number[0]:x}'
-        lead_does(lambda: _touch(mark))
-        seen = multihost_utils.process_allgather(np.int32(mark.exists()))
-        lead_does(lambda: mark.unlink(missing_ok=True))
-        if not seen.all():
-            if is_lead():
-                print(f'{folder} is not seen by all processes: compiled programs are not kept')
-            return
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-
-
-def _touch(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-
-def _give_up(timeout: int, coordinator: str | None) -> None:
-    """Ends this process, whose main thread waits for the others inside JAX."""
-    where = coordinator or 'that the cluster named'
-    print(
-        f'error: not all processes have joined within --start_timeout={timeout} seconds; check '
-        f'that all were started, and can reach the coordinator {where}',
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(EXIT_REFUSED)
+    if errors:
+        raise StartError(f'the processes could not join: {errors[0]}') from errors[0]
 
 
 def is_several() -> bool:
@@ -215,7 +194,7 @@ def lead_does(function: Callable[[], Any]) -> Any:
             result = function()
         except Exception as caught:
             error = caught
-    failed = from_lead(np.int32(error is not None))
+    failed = from_lead(np.array(error is not None))
     if error is not None:
         raise error
     if failed:
@@ -223,12 +202,18 @@ def lead_does(function: Callable[[], Any]) -> Any:
     return result
 
 
+def broadcast(value: Any) -> Any:
+    """Process 0's value, anything that JSON can hold, in every process."""
+    if not is_several():
+        return value
+    text = np.frombuffer(json.dumps(value).encode() if is_lead() else b'', np.uint8)
+    size = int(from_lead(np.array(text.size)))
+    return json.loads(from_lead(text if is_lead() else np.zeros(size, np.uint8)).tobytes())
+
+
 def seed_from_lead(seed: int | None) -> int:
     """The run's seed, in [0, 2^63): process 0's, or drawn there from the system's entropy."""
-    if seed is None:
-        seed = int.from_bytes(os.urandom(8), 'little') >> 1
-    halves = from_lead(np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32))
-    return int(halves[0]) << 32 | int(halves[1])
+    return broadcast(int.from_bytes(os.urandom(8), 'little') >> 1 if seed is None else seed)
 
 
 def share_of(mesh: Mesh, micro_batch: int) -> Share:
@@ -237,36 +222,3 @@ def share_of(mesh: Mesh, micro_batch: int) -> Share:
     per_device = micro_batch // len(owners)
     first, count = owners.index(jax.process_index()), owners.count(jax.process_index())
     return Share(first * per_device, count * per_device, micro_batch)
-
-
-class StopRequest:
-    """Whether SIGTERM or SIGINT asked this process to stop; a second one ends it at once."""
-
-    def __init__(self):
-        self.received: str | None = None
-        self._flags: dict[bool, jax.Array] = {}
-
-    def _handle(self, number, frame):
-        if self.received:
-            for data_process in multiprocessing.active_children():
-                data_process.terminate()
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = signal.Signals(number).name
-
-    def listen(self) -> None:
-        """Handles the two signals from here on, to the end of the process.
-
-        To its end, for a process may be asked to stop after it has learnt of it from another one,
-        and must not lose its exit status over it.
-        """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def flags(self, programs: Programs) -> jax.Array:
-        """The flag that rides along with a step, int32 [devices], on the devices."""
-        asked = self.received is not None
-        if asked not in self._flags:
-            flags = np.full(programs.mesh.local_mesh.size, int(asked), np.int32)
-            self._flags[asked] = programs.to_devices(flags)
-        return self._flags[asked]

@@ -11,42 +11,35 @@ metrics are read, and batches are on their way to the device while it computes.
 """
 
 import collections
-import enum
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import FrozenConfigDict
+import optax
 
 import train_lib
-from input_pipeline import Dataset, Pipeline
+from input_pipeline import Pipeline
 from run_files import banner, log_check, work_directory
-from run_files.line_file import SaveError
 from run_files.mlperf_log import EventLog
 from run_files.profiling import Trace
 from run_files.progress import Progress
-from settings.plan import Evaluation, Plan, make_plan
-from train_lib import TrainState
-from training import checkpointing, processes, start
+from settings.errors import FailedError, Outcome, SaveError
+from settings.hyperparameters import Config
+from settings.plan import Evaluation, Plan
+from train_lib import Programs, Task, TrainState
+from training import evaluation, processes, start
+from training.checkpoint_saver import CheckpointSaver
 from training.device_feed import Clock, on_devices
-from training.processes import StopRequest
+from training.start import Start
+from training.stop_request import StopRequest
 from training.watchdog import Watchdog
-from workloads.resnet import optimizers
-from workloads.resnet.task import ImageClassification
+from training.workload import Dataset, Workload, plan_of
 
 
-class Outcome(enum.Enum):
-    """How a run ended."""
-
-    REACHED = 'the target was reached'
-    MISSED = 'the target was missed'
-    INTERRUPTED = 'the run was interrupted and saved; the same command resumes it'
-
-
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FailedError):
     """A loss or a gradient is not finite: training has diverged."""
 
 
@@ -56,91 +49,79 @@ _DIVERGED = (
 )
 
 
-class Run:
-    """A run in one process: what it has and how it moves on. Use `train_and_evaluate`."""
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a run trains, before anything is compiled."""
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        plan: Plan,
-        dataset: Dataset,
-        workdir: Path,
-        log: EventLog,
-        stop: StopRequest,
-        trace: Trace,
-        begin: start.Start = start.NOTHING,
-    ):
-        self.config, self.plan, self.log, self.stop = config, plan, log, stop
-        self.trace, self._workdir = trace, workdir
-        mesh = train_lib.make_mesh()
-        self.task = ImageClassification(config, dataset.num_classes)
-        optimizer = optimizers.create(config, plan)
-        template = start.template(self.task, optimizer)
-        self.progress = processes.lead_does(
-            lambda: Progress(workdir, plan, begin.found.step)
-        ) or Progress(None, plan, 0)
-        trace.report = self.progress.say
-        self.checkpoints = processes.lead_does(
-            lambda: checkpointing.Checkpoints(
-                workdir / 'checkpoints', self.progress.say, begin.found.damaged
-            )
-        )
-        for line in banner.lines(
-            config, plan, dataset, template.variables, workdir, begin.found.step
-        ):
-            self.progress.say(line)
-        schedule = optimizers.learning_rate_schedule(config, plan)
-        self.rates = np.asarray(jax.jit(schedule)(np.arange(plan.total_steps)))
-        self.programs = self._compile(optimizer, mesh)
-        share = processes.share_of(mesh, plan.micro_batch)
-        self.pipeline = Pipeline(dataset, config, config['seed'], share)
-        self.state = self._first_state(optimizer, template, begin)
-        self.step = int(jax.device_get(self.state.step))
-        self.watchdog = Watchdog(config['stall_seconds'])
+    task: Task
+    optimizer: optax.MultiSteps
+    schedule: optax.Schedule
+    head: tuple[str, ...]
+
+    @classmethod
+    def of(cls, workload: Workload, config: Config, plan: Plan, dataset: Dataset) -> 'Model':
+        """The model of a run."""
+        transformation, schedule = workload.optimizer(config, plan)
+        optimizer = train_lib.accumulated(transformation, plan.accumulation_steps)
+        return cls(workload.task(config, dataset), optimizer, schedule, workload.head)
+
+    @property
+    def template(self) -> TrainState:
+        """The run's state, as shapes and dtypes."""
+        return train_lib.abstract_state(self.task, self.optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of once it is set up; only process 0 has a saver."""
+
+    config: Config
+    plan: Plan
+    model: Model
+    programs: Programs
+    pipeline: Pipeline
+    log: EventLog
+    progress: Progress
+    saver: CheckpointSaver | None
+    stop: StopRequest
+    trace: Trace
+    watchdog: Watchdog
+
+
+class Run:
+    """A run in one process: where it stands, and how it moves on. Use `train_and_evaluate`."""
+
+    def __init__(self, parts: Parts, state: TrainState):
+        self.parts, self.state = parts, state
+        self.step = int(jax.device_get(state.step))
         self._pending: collections.deque = collections.deque()
         self._laps: list[Mapping[str, float]] = []
         self._clock = Clock()
         self._stopped = False
 
-    def _compile(self, optimizer: Any, mesh: Any) -> train_lib.Programs:
-        before = time.monotonic()
-        self.progress.say('compiling …')
-        programs = train_lib.compile_steps(self.task, optimizer, self.plan.micro_batch, mesh)
-        self.progress.say(f'compiled in {time.monotonic() - before:.1f} s')
-        return programs
-
-    def _first_state(self, optimizer: Any, template: TrainState, begin: start.Start) -> TrainState:
-        """Process 0's state to start from, on all devices."""
-        tree = processes.lead_does(lambda: begin.tree(self.config, self.task, optimizer))
-        if tree is None:
-            shapes = checkpointing.to_tree(template)
-            tree = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-        return self.programs.to_all(checkpointing.from_tree(processes.from_lead(tree), template))
-
     def train_block(self, last_step: int) -> None:
         """Trains up to a step, or until the run is asked to stop."""
-        micro_steps = self.plan.accumulation_steps
+        parts, micro_steps = self.parts, self.parts.plan.accumulation_steps
         batches = on_devices(
-            self.pipeline.train(self.step * micro_steps, last_step * micro_steps),
-            self.programs,
+            parts.pipeline.train(self.step * micro_steps, last_step * micro_steps),
+            parts.programs.mesh,
             self._clock,
         )
         while self.step < last_step and not self._stopped:
-            self.trace.at(self.step, self.state)
+            parts.trace.at(self.step, self.state)
             metrics = []
             for _ in range(micro_steps):
-                flags = self.stop.flags(self.programs)
-                self.state, values = self.programs.train(self.state, next(batches), flags)
+                self.state, values = parts.programs.train(self.state, next(batches))
                 metrics.append(values)
             self.step += 1
-            self._pending.append((self.step, metrics))
+            self._pending.append((self.step, metrics, parts.stop.poll()))
             if len(self._pending) > 1:
                 self._read_metrics()
-            every = self.config['checkpoint_every_steps']
+            every = parts.config.checkpoint_every_steps
             if every and self.step % every == 0 and self.step < last_step:
                 self.save()
         self._drain()
-        self.trace.end(self.state)
+        parts.trace.end(self.state)
 
     def _drain(self) -> None:
         while self._pending:
@@ -148,99 +129,91 @@ class Run:
 
     def _read_metrics(self) -> None:
         """Reads the metrics of the oldest step in flight, which waits for it to end."""
-        step, micro = self._pending.popleft()
-        micro = jax.device_get(micro)
+        step, micro, stop = self._pending.popleft()
+        micro, stop = jax.device_get((micro, stop))
         means = {name: float(np.mean([m[name] for m in micro])) for name in micro[0]}
+        means |= {name: float(micro[-1][name]) for name in ('learning_rate', 'loss_scale')}
         if means['finite'] < 1:
             raise NonFiniteError(
                 f'the loss ({means["loss"]}) or its gradient is not finite at step {step}; that '
                 f'step moved no weight. {_DIVERGED}'
             )
-        self.watchdog.beat(f'step {step}')
-        self._stopped = self._stopped or means['stop'] > 0
+        self.parts.watchdog.beat(f'step {step}')
+        self._stopped = self._stopped or bool(stop)
         self._laps.append(means)
-        if step % self.config['log_every_steps'] == 0:
+        if step % self.parts.config.log_every_steps == 0:
             self._report(step)
 
     def _report(self, step: int) -> None:
+        parts = self.parts
         seconds, waiting = self._clock.lap()
         laps, self._laps = self._laps, []
-        values = {
-            'loss': float(np.mean([lap['loss'] for lap in laps])),
-            'top1': float(np.mean([lap['top1'] for lap in laps])),
-            'learning_rate': float(self.rates[step - 1]),
-            'images_per_second': len(laps) * self.plan.global_batch_size / seconds,
+        metrics = [name for name in laps[0] if name not in train_lib.OWN_METRICS]
+        values = {name: float(np.mean([lap[name] for lap in laps])) for name in metrics}
+        values |= {
+            'learning_rate': laps[-1]['learning_rate'],
+            'examples_per_second': len(laps) * parts.plan.global_batch_size / seconds,
             'input_wait': min(waiting / seconds, 1.0),
             'seconds': seconds,
         }
-        if self.config['dtype'] == 'float16':
+        if parts.model.task.dtype == 'float16':
             values['loss_scale'] = laps[-1]['loss_scale']
-        self.progress.training(step, values)
+        parts.progress.training(step, values)
 
     def save(self) -> float:
         """Starts saving the state in the background; the seconds that this held up the run."""
-        before = time.monotonic()
+        parts, before = self.parts, time.monotonic()
         self._drain()
-        if self.checkpoints:
-            tree = jax.device_get(checkpointing.to_tree(self.state))
+        if parts.saver:
+            tree = jax.device_get(train_lib.to_saved(self.state))
             if jax.default_backend() == 'cpu':  # It is the memory that the next step overwrites.
                 tree = jax.tree.map(np.array, tree)
-            self.log.sync()  # A checkpoint never outlives what was logged before it.
-            self.checkpoints.save(tree, {'step': self.step, 'config': dict(self.config)})
-        self.watchdog.beat(f'the checkpoint of step {self.step}')
+            parts.log.sync()  # A checkpoint never outlives what was logged before it.
+            parts.saver.save(tree, {'step': self.step, 'config': dataclasses.asdict(parts.config)})
+        parts.watchdog.beat(f'the checkpoint of step {self.step}')
         return time.monotonic() - before
 
     def evaluate(self) -> dict[str, float] | None:
         """The quality on the whole evaluation set; None if the run was asked to stop."""
-        totals: dict[str, float] = collections.defaultdict(float)
-        pending: collections.deque = collections.deque()
+        parts, mesh = self.parts, self.parts.programs.mesh
+        sums = evaluation.total(
+            parts.programs.evaluate,
+            self.state.variables,
+            parts.pipeline.evaluation(),
+            mesh,
+            poll=parts.stop.poll,
+            beat=lambda: parts.watchdog.beat(f'a batch of the evaluation at step {self.step}'),
+        )
+        return None if sums is None else parts.model.task.quality(sums)
 
-        def read():
-            sums, stop = jax.device_get(pending.popleft())
-            self._stopped = self._stopped or stop > 0
-            for name, value in sums.items():
-                totals[name] += value.item()
-            self.watchdog.beat(f'a batch of the evaluation at step {self.step}')
-
-        for batch in on_devices(self.pipeline.evaluation(), self.programs, Clock()):
-            flags = self.stop.flags(self.programs)
-            pending.append(self.programs.evaluate(self.state.variables, batch, flags))
-            if len(pending) > 2:
-                read()
-            if self._stopped:
-                return None
-        while pending:
-            read()
-        return self.task.quality(totals)
-
-    def _judge(self, evaluation: Evaluation) -> bool | None:
+    def _judge(self, at: Evaluation) -> bool | None:
         """Saves, evaluates and logs; whether the target is reached, None if asked to stop."""
-        paused = time.monotonic()
+        log, target = self.parts.log, self.parts.plan.target
         saving = self.save()
         before = time.monotonic()
-        self.log.eval_start(evaluation)
+        log.eval_start(at)
         result = self.evaluate()
         if result is None:
             return None
         # If a run was killed here, the log holds what it had found, and that counts.
-        result['eval_top1'] = self.log.eval_stop(evaluation, result['eval_top1'])
-        result |= {'eval_seconds': time.monotonic() - before, 'checkpoint_seconds': saving}
-        self.progress.evaluation(self.step, evaluation.epoch, result)
-        self._clock.since += time.monotonic() - paused  # None of this is time spent on training.
-        reached = result['eval_top1'] >= self.config['target_top1']
-        return bool(processes.from_lead(np.int32(reached)))
+        result[target.metric] = log.eval_stop(at, result[target.metric])
+        times = {'eval_seconds': time.monotonic() - before, 'checkpoint_seconds': saving}
+        self.parts.progress.evaluation(at, result | times)
+        return processes.broadcast(target.is_met(result[target.metric]))
 
     def _blocks(self) -> Outcome:
-        for evaluation in self.plan.evaluations:
-            if evaluation.step < self.step:
+        log = self.parts.log
+        for at in self.parts.plan.evaluations:
+            if at.step < self.step:
                 continue
-            self.log.block_start(evaluation)
-            self.train_block(evaluation.step)
-            if self.step < evaluation.step:
+            log.block_start(at)
+            self.train_block(at.step)
+            if self.step < at.step:
                 self.save()
                 return Outcome.INTERRUPTED
-            self.log.block_stop(evaluation)
-            reached = self._judge(evaluation)
+            log.block_stop(at)
+            with self._clock.paused():
+                reached = self._judge(at)
             if reached is None:
                 return Outcome.INTERRUPTED
             if reached:
@@ -249,22 +222,19 @@ class Run:
 
     def to_the_end(self) -> Outcome:
         """Trains and evaluates in turns until the target, the last epoch or a request to stop."""
+        parts, saved = self.parts, True
         self._clock.lap()
-        self.progress.begin()
-        self.watchdog.start()
-        saved = True
+        parts.progress.begin()
+        parts.watchdog.start()
         try:
             outcome = self._blocks()
         finally:  # Whatever ended it, a checkpoint that is being written is still finished.
-            if self.checkpoints:
-                saved = self.checkpoints.close()
-            self.trace.end(self.state)
-            self.progress.close()
-            self.watchdog.stop()
-        if outcome is not Outcome.INTERRUPTED:
-            processes.lead_does(lambda: work_directory.check_still_there(self._workdir))
-            self.log.run_stop(outcome is Outcome.REACHED)
-        elif not saved:
+            if parts.saver:
+                saved = parts.saver.close()
+            parts.trace.end(self.state)
+            parts.progress.close()
+            parts.watchdog.stop()
+        if outcome is Outcome.INTERRUPTED and not saved:
             raise SaveError(
                 f'the run was interrupted after step {self.step}, which could not be saved; the '
                 'same command resumes from the checkpoint before it'
@@ -272,8 +242,57 @@ class Run:
         return outcome
 
 
+def set_up(
+    workload: Workload,
+    config: Config,
+    plan: Plan,
+    dataset: Dataset,
+    model: Model,
+    workdir: Path,
+    log: EventLog,
+    begin: Start,
+    profile: tuple[int, int] | None = None,
+) -> Run:
+    """Compiles a run's programs, and puts the state that it starts from on the devices."""
+    template, step = model.template, begin.found.step
+    progress = processes.lead_does(lambda: Progress(workdir, plan, step)) or Progress(None, plan, 0)
+    saver = processes.lead_does(
+        lambda: CheckpointSaver(workdir / 'checkpoints', progress.say, begin.found.damaged)
+    )
+    for line in banner.lines(config, plan, dataset.digest, template.variables, workdir, step):
+        progress.say(line)
+    before = time.monotonic()
+    progress.say('compiling …')
+    mesh = train_lib.make_mesh()
+    programs = train_lib.compile_steps(
+        model.task, model.optimizer, model.schedule, plan.micro_batch, mesh
+    )
+    progress.say(f'compiled in {time.monotonic() - before:.1f} s')
+    assert config.seed is not None
+    share = processes.share_of(mesh, plan.micro_batch)
+    parts = Parts(
+        config=config,
+        plan=plan,
+        model=model,
+        programs=programs,
+        pipeline=workload.pipeline(config, dataset, config.seed, share),
+        log=log,
+        progress=progress,
+        saver=saver,
+        stop=StopRequest(mesh),
+        trace=Trace(workdir / 'profile', profile if saver else None, progress.say),
+        watchdog=Watchdog(config.stall_seconds),
+    )
+    tree = processes.lead_does(
+        lambda: begin.saved(config, model.task, model.optimizer, model.head)
+    ) or jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), train_lib.to_saved(template))
+    state = train_lib.from_saved(processes.from_lead(tree), template)
+    return Run(parts, train_lib.replicate(mesh, state))
+
+
 def train_and_evaluate(
-    config: Mapping[str, Any],
+    workload: Workload,
+    config: Config,
     dataset: Dataset,
     workdir: Path,
     profile: tuple[int, int] | None = None,
@@ -281,45 +300,48 @@ def train_and_evaluate(
     """Runs a configuration to its end, or resumes what the work directory holds.
 
     Args:
+      workload: what is trained.
       config: resolved; without a seed, one is drawn from the system's entropy.
       dataset: what it trains on.
       workdir: where everything that it writes goes.
       profile: optimizer steps [start, stop) to trace (see profiling.Trace).
 
     Raises:
-      ConfigError, WorkDirectoryError, CheckpointError, LogError: before anything is written.
-      DataError, NonFiniteError, SaveError: later; the last checkpoint is kept.
+      RejectedError: before anything is written.
+      FailedError: later; the last checkpoint is kept.
     """
-    plan = make_plan(
-        config,
-        num_train=dataset.num_train,
-        num_eval=dataset.num_eval,
-        num_devices=jax.device_count(),
-    )
+    plan = plan_of(workload, config, dataset, jax.device_count())
+    model = Model.of(workload, config, plan, dataset)
+    template = model.template
     is_new = not (workdir / 'config.json').exists()
     weights = processes.lead_does(
-        lambda: start.read_weights(config, plan, dataset) if is_new else None
+        lambda: start.read_weights(config, template, model.head) if is_new else None
     )
     recorded = processes.lead_does(lambda: work_directory.open_for(config, dataset, workdir))
-    seed = processes.seed_from_lead(config['seed'] if recorded is None else recorded)
-    config = FrozenConfigDict(dict(config) | {'seed': seed})
+    seed = processes.seed_from_lead(config.seed if recorded is None else recorded)
+    config = dataclasses.replace(config, seed=seed)
     log = processes.lead_does(lambda: EventLog(workdir / 'mlperf.log')) or EventLog(None)
     processes.lead_does(lambda: log_check.check(log, config, plan, 0))
-    ended = [None, 'success', 'aborted']
-    status = ended[int(processes.from_lead(np.int32(ended.index(log.status))))]
+    status = processes.broadcast(log.status)
     if status:
         return Outcome.REACHED if status == 'success' else Outcome.MISSED
-    begin = processes.lead_does(lambda: start.read(config, plan, dataset, workdir, log, weights))
+    begin = processes.lead_does(
+        lambda: start.read(config, plan, template, model.head, workdir, log, weights)
+    )
     processes.lead_does(lambda: work_directory.record(config, dataset, workdir))
 
-    log.cache_clear(config['drop_page_cache'])
+    log.cache_clear(config.drop_page_cache)
     log.init_start()
     log.header(config, plan)
-    stop = StopRequest()
-    trace = Trace(workdir / 'profile', profile if processes.is_lead() else None)
-    run = Run(config, plan, dataset, workdir, log, stop, trace, begin or start.NOTHING)
+    run = set_up(
+        workload, config, plan, dataset, model, workdir, log, begin or start.NOTHING, profile
+    )
     del begin  # Its arrays are on the devices now.
     log.init_stop()
     log.run_start()
-    stop.listen()
-    return run.to_the_end()
+    run.parts.stop.listen()
+    outcome = run.to_the_end()
+    if outcome is not Outcome.INTERRUPTED:
+        processes.lead_does(lambda: work_directory.check_still_there(workdir))
+        log.run_stop(outcome is Outcome.REACHED)
+    return outcome

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from models.resnet.architectures import ARCHITECTURES
 from models.resnet.batch_norm import BatchNorm
 from models.resnet.pooling import max_pool_3x3_stride_2
 
@@ -46,36 +47,32 @@ def window_padding(kernel: int, stride: int, size: int, padding: Padding) -> tup
     return total // 2, total - total // 2
 
 
-class Convolution(nn.Module):
-    """Convolution without bias, in true fp32 where its inputs are fp32."""
+def convolution(
+    x: jax.Array,
+    features: int,
+    kernel: int,
+    stride: int,
+    *,
+    name: str,
+    padding: Padding = 'symmetric',
+    dtype: jnp.dtype,
+    truncated_init: bool,
+) -> jax.Array:
+    """Maps [N, H, W, C] to [N, H', W', features] without a bias, in `dtype`.
 
-    features: int
-    kernel: int
-    stride: int = 1
-    padding: Padding = 'symmetric'
-    dtype: jnp.dtype = jnp.float32
-    truncated_init: bool = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [N, H, W, C] to [N, H', W', features], in `dtype`."""
-        kernel = self.param(
-            'kernel',
-            conv_init(self.truncated_init),
-            (self.kernel, self.kernel, x.shape[-1], self.features),
-            jnp.float32,
-        )
-        pads = [
-            window_padding(self.kernel, self.stride, size, self.padding) for size in x.shape[1:3]
-        ]
-        return lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=pads,
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-            precision=PRECISION,
-        )
+    To be called in a module, of which it becomes the submodule `name`.
+    """
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        padding=[window_padding(kernel, stride, size, padding) for size in x.shape[1:3]],
+        use_bias=False,
+        dtype=dtype,
+        precision=PRECISION,
+        kernel_init=conv_init(truncated_init),
+        name=name,
+    )(x)
 
 
 @jax.custom_vjp
@@ -116,7 +113,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps [N, H, W, C] to [N, H/stride, W/stride, width or 4·width]."""
         conv = functools.partial(
-            Convolution,
+            convolution,
             padding=self.padding,
             dtype=self.dtype,
             truncated_init=self.truncated_init,
@@ -129,13 +126,13 @@ class Block(nn.Module):
 
         y = x
         for i, (features, kernel, stride) in enumerate(layers, start=1):
-            y = conv(features, kernel, stride, name=f'conv{i}')(y)
+            y = conv(y, features, kernel, stride, name=f'conv{i}')
             y = norm(name=f'bn{i}')(y, train)
             y = nn.relu(y) if i < len(layers) else y
         # Every stage's first block projects when the blocks expand (the first stage's does not
         # change its size, but its width); otherwise only where the stride or the width changes.
         if x.shape != y.shape:
-            x = conv(y.shape[-1], 1, self.stride, name='downsample_conv')(x)
+            x = conv(x, y.shape[-1], 1, self.stride, name='downsample_conv')
             x = norm(name='downsample_bn')(x, train)
         return relu(y + x)
 
@@ -168,11 +165,17 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images [N, H, W, 3] to logits [N, num_classes], fp32 (or wider, if dtype is)."""
-        conv = functools.partial(
-            Convolution, dtype=self.dtype, truncated_init=self.truncated_init, name='conv1'
-        )
         # The official graph pads the large stem by 3 on both sides under either padding.
-        x = conv(self.width, 7, 2)(x) if self.large_stem else conv(self.width, 3, 1)(x)
+        kernel, stride = (7, 2) if self.large_stem else (3, 1)
+        x = convolution(
+            x,
+            self.width,
+            kernel,
+            stride,
+            dtype=self.dtype,
+            truncated_init=self.truncated_init,
+            name='conv1',
+        )
         x = nn.relu(BatchNorm(self.bn_span, name='bn1')(x, train))
         if self.large_stem:
             pads = tuple(window_padding(3, 2, size, self.padding) for size in x.shape[1:3])
@@ -199,3 +202,27 @@ class ResNet(nn.Module):
             precision=PRECISION,
             name='fc',
         )(features)
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int,
+    bn_span: int,
+    padding: Padding = 'symmetric',
+    dtype: jnp.dtype = jnp.float32,
+    truncated_init: bool = True,
+) -> ResNet:
+    """The network of a name in `ARCHITECTURES`; see `ResNet` for the arguments.
+
+    Raises:
+      KeyError: for another name.
+    """
+    return ResNet(
+        **ARCHITECTURES[name]._asdict(),
+        num_classes=num_classes,
+        bn_span=bn_span,
+        padding=padding,
+        dtype=dtype,
+        truncated_init=truncated_init,
+    )

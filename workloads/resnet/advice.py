@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from workloads.resnet.fields import ResNetConfig
+
 BENCHMARK = {'model': 'resnet50', 'dataset': 'imagenet2012', 'optimizer': 'lars'}
 POINTS = 'rcp_checker/training_4.0.0/rcps_resnet.json'
 # As the points call them, and the fields here.
@@ -26,7 +28,7 @@ DEPEND_ON_BATCH = ('learning_rate', 'decay_steps')
 
 
 def warnings(
-    base: Mapping[str, Any], overrides: Mapping[str, str], config: Mapping[str, Any]
+    base: Mapping[str, Any], overrides: Mapping[str, str], config: ResNetConfig
 ) -> list[str]:
     """Sentences about fields that do not fit each other.
 
@@ -35,19 +37,17 @@ def warnings(
       overrides: texts by name, from flags.
       config: what `hyperparameters.resolve` made of both.
     """
-    ours, theirs = config['global_batch_size'], base['global_batch_size']
+    ours, theirs = config.global_batch_size, base['global_batch_size']
     stale = [name for name in DEPEND_ON_BATCH if name not in overrides]
     if ours == theirs or not stale:
         return []
-    fields = ' and '.join(f'{name}={config[name]}' for name in stale)
+    fields = ' and '.join(f'{name}={getattr(config, name)}' for name in stale)
     verb = 'are' if len(stale) > 1 else 'is'
     text = f'{fields} {verb} meant for global_batch_size={theirs}, not {ours}'
-    if all(config[name] == value for name, value in BENCHMARK.items()):
+    if all(getattr(config, name) == value for name, value in BENCHMARK.items()):
         return [f'{text}; {_points(ours)}']
     if 'decay_steps' in stale:
-        text += (
-            f'; as many epochs of decay are {round(config["decay_steps"] * theirs / ours)} steps'
-        )
+        text += f'; as many epochs of decay are {round(config.decay_steps * theirs / ours)} steps'
     return [text]
 
 

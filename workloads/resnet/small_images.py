@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of one size: decoded, shifted by some pixels and flipped, not resized."""
+"""Images of one size: decoded, shifted by some pixels and flipped, not resized.
+
+Decoded images are kept in memory, which saves CPU time that training on a CPU needs itself: an
+example of CIFAR-10 takes 23 instead of 224 µs of a core, one of the digits 20 instead of 94.
+(AMD EPYC, 2 cores, load 10, 2026-11-25: medians of 9 rounds in turns of `Pipeline.train` with
+cache_gib=1, when all were kept, and cache_gib=0.)
+"""
 
 import numpy as np
 
@@ -9,8 +15,6 @@ from workloads.resnet.records import Records
 
 class SmallImages:
     """Reads images of one size, an `images.Reader`.
-
-    Kept in memory, an example takes 20 µs of a core, and otherwise 220 µs.
 
     Args:
       records: encoded images and labels, by index.

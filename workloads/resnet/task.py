@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The task of image classification: what it feeds the model, its loss and its quality metric.
 
-The training loop knows a task by the methods of `ImageClassification` alone. Another benchmark
-brings a class with the same methods, and its own records -> arrays in the input pipeline.
+It is one of `train_lib.Task`.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from models import resnet as models
+from models.resnet import network
+from workloads.resnet.fields import ResNetConfig
+from workloads.resnet.images import PADDING_LABEL
 
 # Subtracted from RGB in 0..255 on the device; there is no division by a standard deviation.
 CHANNEL_MEANS = (123.68, 116.78, 103.94)
-PADDING_LABEL = -1  # Label of the examples that fill up an evaluation's last batch.
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:
@@ -44,24 +44,29 @@ class ImageClassification:
     marks padding, which counts for nothing.
     """
 
-    config: Mapping[str, Any]
+    config: ResNetConfig
     num_classes: int
+
+    @property
+    def dtype(self) -> str:
+        """Of activations."""
+        return self.config.dtype
 
     @property
     def model(self):
         """The network, a Flax module."""
-        return models.create(
-            self.config['model'],
+        return network.create(
+            self.config.model,
             num_classes=self.num_classes,
-            bn_span=self.config['bn_span'],
-            padding=self.config['padding'],
-            dtype=jnp.dtype(self.config['dtype']),
-            truncated_init=self.config['truncated_init'],
+            bn_span=self.config.bn_span,
+            padding=cast(network.Padding, self.config.padding),
+            dtype=jnp.dtype(self.config.dtype),
+            truncated_init=self.config.truncated_init,
         )
 
     def abstract_batch(self, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch."""
-        size = self.config['image_size']
+        size = self.config.image_size
         return {
             'image': jax.ShapeDtypeStruct((examples, size, size, 3), np.uint8),
             'label': jax.ShapeDtypeStruct((examples,), np.int32),
@@ -69,7 +74,7 @@ class ImageClassification:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """The model's variables {'params', 'batch_stats'}, drawn from `key`."""
-        size = self.config['image_size']
+        size = self.config.image_size
         images = jnp.zeros((1, size, size, 3), jnp.float32)
         return self.model.init(key, images, train=False)
 
@@ -80,16 +85,16 @@ class ImageClassification:
         """Mean loss over a training batch.
 
         Returns:
-          (loss, (metrics, batch_stats)): metrics are means over the batch; batch_stats are the
-          batch's own statistics (see models/batch_norm.py).
+          (loss, (metrics, {'batch_stats': …})): metrics are means over the batch; batch_stats are
+          the batch's own (see models/resnet/batch_norm.py).
         """
         logits, updated = self.model.apply(
             variables, self._inputs(batch['image']), train=True, mutable=['batch_stats']
         )
-        losses = cross_entropy(logits, batch['label'], self.config['label_smoothing'])
+        losses = cross_entropy(logits, batch['label'], self.config.label_smoothing)
         top1 = (logits.argmax(-1) == batch['label']).astype(jnp.float32)
         loss = losses.mean()
-        return loss, ({'loss': loss, 'top1': top1.mean()}, updated['batch_stats'])
+        return loss, ({'loss': loss, 'top1': top1.mean()}, updated)
 
     def evaluate(self, variables: dict[str, Any], batch: dict[str, jax.Array]):
         """Sums over the real examples of an evaluation batch; no label smoothing.

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract: what a run asks of a benchmark, and all that it knows of one.
+
+A workload is a folder in `workloads/`; nothing here or below names one.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import optax
+
+from input_pipeline import Pipeline, Share
+from settings.hyperparameters import Config
+from settings.plan import Course, Plan, make_plan
+from train_lib import Task
+
+
+class Dataset(Protocol):
+    """A prepared data set, by its metadata alone.
+
+    Attributes:
+      name: as in the configuration.
+      num_train, num_eval: examples in the two sets.
+      digest: of its content; None where it is not known.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def num_train(self) -> int: ...  # noqa: D102
+    @property
+    def num_eval(self) -> int: ...  # noqa: D102
+    @property
+    def digest(self) -> str | None: ...  # noqa: D102
+
+
+class Optimizer(NamedTuple):
+    """What moves a model's variables, and the learning rate that it uses.
+
+    Attributes:
+      transformation: takes {'params': gradient, COLLECTION: the batch's own statistics, …}, both
+        averaged over the global batch, and gives what is added to the variables. One for all
+        micro-steps: accumulation is not its business.
+      schedule: learning rate by optimizer step, from 0.
+    """
+
+    transformation: optax.GradientTransformation
+    schedule: optax.Schedule
+
+
+C = TypeVar('C', bound=Config, contravariant=True)
+D = TypeVar('D', bound=Dataset)
+
+
+class Workload(Protocol, Generic[C, D]):
+    """A benchmark.
+
+    Attributes:
+      ruleset: of MLPerf Training, whose checker judges the log.
+      head: names of the variables, as the start of their path, that depend on the data set; a run
+        that starts from other weights may have them anew.
+    """
+
+    ruleset: str
+    head: tuple[str, ...]
+
+    def data(self, config: C) -> D:
+        """Finds the prepared data set; reads metadata alone.
+
+        Raises:
+          DatasetError: when it is missing or incomplete.
+        """
+
+    def check(self, config: C, dataset: D) -> None:
+        """Rejects what does not fit together, before anything is written.
+
+        Raises:
+          ConfigError: saying what does not fit.
+        """
+
+    def course(self, config: C, num_train: int) -> Course:
+        """When the run is evaluated, what ends it, and what a device can take.
+
+        Raises:
+          ConfigError: when the training set is too small for the configuration.
+        """
+
+    def warnings(
+        self, base: Mapping[str, Any], overrides: Mapping[str, str], config: C
+    ) -> list[str]:
+        """What is legal in the configuration and likely a mistake, as sentences.
+
+        Args:
+          base: the configuration file's values.
+          overrides: texts by name, from flags.
+          config: what was made of both.
+        """
+
+    def pipeline(self, config: C, dataset: D, seed: int, share: Share) -> Pipeline:
+        """The batches of a run. Nothing is read before the first one is asked for."""
+
+    def task(self, config: C, dataset: D) -> Task:
+        """The model with its loss and metrics."""
+
+    def optimizer(self, config: C, plan: Plan) -> Optimizer:
+        """What moves the model's variables."""
+
+
+def plan_of(workload: Workload, config: Config, dataset: Dataset, num_devices: int) -> Plan:
+    """A run's plan; raises ConfigError as `Workload.course` and `make_plan`."""
+    return make_plan(
+        config,
+        workload.course(config, dataset.num_train),
+        num_train=dataset.num_train,
+        num_eval=dataset.num_eval,
+        num_devices=num_devices,
+    )

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks by name. A further one is a folder beside this file and a line in `_CONFIGS`."""
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from settings.errors import ConfigError
+from settings.hyperparameters import Config, resolve
+from workloads.resnet.fields import ResNetConfig
+
+if TYPE_CHECKING:
+    from training.workload import Workload
+
+_CONFIGS: dict[str, type[Config]] = {'resnet': ResNetConfig}
+
+
+def config_type(values: Mapping[str, Any]) -> type[Config]:
+    """The type of the configuration that some values belong to, by their field `benchmark`.
+
+    Raises:
+      ConfigError: when they name no benchmark that is here.
+    """
+    name = values.get('benchmark')
+    if not isinstance(name, str) or name not in _CONFIGS:
+        given = 'is missing' if name is None else f'is {name!r:.200}'
+        raise ConfigError(f'benchmark {given}; it is one of: {", ".join(_CONFIGS)}')
+    return _CONFIGS[name]
+
+
+def configure(base: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:
+    """`hyperparameters.resolve` for the benchmark that `base` names."""
+    return resolve(config_type(base), base, overrides)
+
+
+def load(name: str) -> 'Workload':
+    """A benchmark's workload; imports its code, and JAX with it."""
+    return importlib.import_module(f'workloads.{name}.workload').WORKLOAD
