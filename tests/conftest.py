@@ -16,6 +16,10 @@ from settings import backend
 backend.set_xla_flags('--xla_force_host_platform_device_count=8')
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+# Programs that several tests and several processes compile are compiled once.
+os.environ.setdefault(
+    'JAX_COMPILATION_CACHE_DIR', str(Path(__file__).parents[1] / '.cache' / 'jax')
+)
 # A shell's background jobs ignore SIGINT, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.end_to_end.program import Program
+from tests.end_to_end.program import Program, share_programs
 
 # Small steps, so that differences of rounding stay what they are: at the recipe's own rate training
 # amplifies them, as training does, from 1e-7 to 1 within ten steps.
@@ -15,8 +15,8 @@ GENTLE = {'optimizer': 'sgd', 'learning_rate': 0.002, 'warmup_epochs': 1, 'targe
 
 @pytest.fixture(scope='session')
 def runs_dir(tmp_path_factory):
-    """Work directories beside each other, with one compilation cache."""
-    return tmp_path_factory.mktemp('runs')
+    """Work directories beside each other."""
+    return share_programs(tmp_path_factory.mktemp('runs'))
 
 
 @pytest.fixture
@@ -48,3 +48,14 @@ def undisturbed(runs_dir, digits_dir):
 
 
 THREE_EPOCHS = GENTLE | {'max_epochs': 3, 'checkpoint_every_steps': 15, 'log_every_steps': 5}
+
+
+@pytest.fixture(scope='session')
+def reached(runs_dir, digits_dir):
+    """A run to a target that it meets after some six epochs."""
+    run = Program(runs_dir / 'reached', digits_dir, **EASY)
+    assert run.run() == 0, run.said()
+    return run
+
+
+EASY = {'target_top1': 0.5, 'eval_every_epochs': 2, 'checkpoint_every_steps': 10}

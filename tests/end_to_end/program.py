@@ -9,30 +9,63 @@ import sys
 import time
 from pathlib import Path
 
+from reporting.verdicts import accepted
 from run_files import mlperf_log
+from tests.harness import is_same
 from training import checkpointing
 
 ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_TORCH = Path(__file__).parent / 'without_torch'
+# What runs have compiled; those of all tests share it.
+PROGRAMS = Path(os.environ.get('JAX_COMPILATION_CACHE_DIR', ROOT / '.cache' / 'jax')) / 'runs'
+
+
+def share_programs(folder: Path) -> Path:
+    """Lets the runs whose work directories are in this folder use what others have compiled."""
+    PROGRAMS.mkdir(parents=True, exist_ok=True)
+    (folder / 'compilation_cache').symlink_to(PROGRAMS, target_is_directory=True)
+    return folder
+
+
+def environment(devices: int = 1, **variables: str) -> dict[str, str]:
+    """Of a program on CPU devices, as users have it; the tests' own has eight devices."""
+    kept = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+    kept |= {'PYTHONPATH': str(WITHOUT_TORCH), 'JAX_PLATFORMS': 'cpu'}
+    # Else the path of the cache would be part of a program's key in it.
+    kept |= {'JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES': 'none'}
+    return kept | {'JAX_NUM_CPU_DEVICES': str(devices)} | variables
+
+
+def run(
+    program: str | Path, *arguments: object, cwd: Path = ROOT, devices: int = 1, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program of the repository to its end."""
+    command = [str(ROOT / program), *map(str, arguments)]
+    if command[0].endswith('.py'):
+        command.insert(0, sys.executable)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=environment(devices, **variables),
+        timeout=600,
+    )
 
 
 class Program:
     """A run of main.py; as several processes if `cpus` is given, else one with `devices` devices.
 
-    Output goes to WORKDIR.log, which grows from one start to the next.
+    Output goes to WORKDIR.log, which every start begins anew.
     """
 
-    def __init__(self, workdir: Path, data_dir: Path, **config):
+    def __init__(self, workdir: Path, data_dir: Path, **config: object):
         self.workdir, self.output = workdir, Path(f'{workdir}.log')
         self.process: subprocess.Popen | None = None
-        # Not in the program's own environment, where importing it would cost seconds.
-        block = workdir.parent / 'without_torch'
-        block.mkdir(exist_ok=True)
-        (block / 'torch.py').write_text('raise ImportError')
         config = {'data_dir': data_dir, 'seed': 7} | config
         self._arguments = [str(ROOT / 'main.py'), f'--workdir={workdir}']
         self._arguments += [f'--config.{name}={value}' for name, value in config.items()]
-        self._environment = os.environ | {'PYTHONPATH': str(block), 'JAX_PLATFORMS': 'cpu'}
-        self._environment.pop('XLA_FLAGS', None)
 
     def start(self, *, cpus=None, devices=1, more=()) -> 'Program':
         """Starts it; what it has said before is forgotten."""
@@ -42,7 +75,7 @@ class Program:
         with self.output.open('w') as output:
             self.process = subprocess.Popen(
                 [sys.executable, *command],
-                env=self._environment | {'JAX_NUM_CPU_DEVICES': str(devices)},
+                env=environment(devices),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -118,6 +151,10 @@ class Program:
         events = mlperf_log.read(path) if path.exists() else []
         return [event for event in events if key in (None, event['key'])]
 
+    def verdict(self) -> tuple[bool, str]:
+        """Whether the official checker accepts its MLPerf log, and what it says."""
+        return accepted(self.workdir / 'mlperf.log', '4.0.0')
+
     def accuracies(self) -> list[float]:
         """What its evaluations have found."""
         return [event['value'] for event in self.events('eval_accuracy')]
@@ -130,3 +167,14 @@ class Program:
             for line in lines
             if 'eval_top1' in line
         ]
+
+
+def assert_as_if_undisturbed(run: Program, undisturbed: Program) -> None:
+    """The same weights bit for bit, the same evaluations, one valid log."""
+    assert is_same(run.checkpoint(), undisturbed.checkpoint())
+    assert run.accuracies() == undisturbed.accuracies()
+    assert run.evaluated() == undisturbed.evaluated()
+    for key in ('init_start', 'init_stop', 'run_start', 'run_stop'):
+        assert len(run.events(key)) == 1, key
+    valid, said = run.verdict()
+    assert valid, said

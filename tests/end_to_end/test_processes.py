@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.end_to_end.conftest import THREE_EPOCHS
-from tests.end_to_end.program import ROOT
+from tests.end_to_end.program import ROOT, Program
 
 pytestmark = pytest.mark.slow
 
@@ -81,9 +81,9 @@ def test_a_run_moves_between_topologies(program, undisturbed):
     assert len(run.events('run_start')) == len(run.events('run_stop')) == 1
 
 
-def test_a_second_start_uses_what_the_first_compiled(program):
-    run = program(**(THREE_EPOCHS | {'max_epochs': 1}))
-    cache = run.workdir.parent / 'compilation_cache'
+def test_a_second_start_uses_what_the_first_compiled(digits_dir, tmp_path):
+    run = Program(tmp_path / 'run', digits_dir, **(THREE_EPOCHS | {'max_epochs': 1}))
+    cache = tmp_path / 'compilation_cache'
     used = []
     for _ in range(2):
         shutil.rmtree(run.workdir, ignore_errors=True)
