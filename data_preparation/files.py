@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from settings import json_object
+from settings import loading
 
 MAX_JSON_BYTES = 1 << 26
 MAX_MEMBERS = 100_000  # of one tar; the largest, ILSVRC2012_img_val.tar, has 50,000
@@ -54,7 +54,7 @@ def check_regular(path: Path, limit: int | None = None) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The names and values in a JSON file; raises as `check_regular`, and ValueError for others."""
     check_regular(path, MAX_JSON_BYTES)
-    return json_object.read(path)
+    return loading.read_object(path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

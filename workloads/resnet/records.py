@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
 
-from settings import json_object
+from settings import loading
 from settings.errors import DataError, DatasetError
 from workloads.resnet.datasets import EVAL_SPLIT
 
@@ -195,7 +195,7 @@ def find_dataset(name: str, data_dir: str) -> Dataset:
             f'are missing or empty, the first is {missing[0]}; prepare it with: {prepare}'
         )
     try:
-        manifest = json_object.read(directory / 'manifest.json')
+        manifest = loading.read_object(directory / 'manifest.json')
     except ValueError:  # It is written when the data is first verified.
         manifest = {}
     recorded = [manifest[s] if isinstance(manifest.get(s), dict) else {} for s in splits]
