@@ -7,7 +7,6 @@ known to be whole and to belong together.
 
 import dataclasses
 import functools
-import itertools
 import json
 import sys
 import time
@@ -24,20 +23,14 @@ from settings.hyperparameters import Config
 from settings.plan import Plan, make_plan
 from workloads import by_name
 
-_ONCE = (constants.RUN_START, constants.RUN_STOP, constants.SEED)
 _OLDEST_MS = 946_684_800_000  # 2000-01-01
 _TOLERANCE_MS = 86_400_000  # By which the clock of another machine may be ahead: a day.
-# What is read of environment.json: names and types.
-_ENVIRONMENT: dict[str, Any] = {
-    'versions': {'jax': str},
-    'python': str,
-    'system': str,
-    'devices': int,
-    'device_kind': str,
-    'processes': int,
-    'commit': str,
-    'dataset': {'name': str, 'num_train': int, 'num_eval': int},
-}
+# What is read of environment.json: paths and types.
+_ENVIRONMENT = {
+    'versions.jax': str, 'python': str, 'system': str, 'devices': int, 'device_kind': str,
+    'processes': int, 'commit': str, 'dataset.name': str, 'dataset.num_train': int,
+    'dataset.num_eval': int,
+}  # fmt: skip
 # What is read of a line of metrics.jsonl, besides its position and `elapsed_seconds`.
 _TRAINING = ('loss', 'learning_rate', 'examples_per_second', 'input_wait', 'seconds')
 _EVALUATION = ('eval_seconds', 'checkpoint_seconds')
@@ -168,25 +161,17 @@ def _metrics_of(line: str, unit: str, where: str) -> dict[str, Any]:
 
 
 def _problem_of(events: Sequence[Mapping[str, Any]]) -> str | None:
-    """What keeps a log's events from being those of one finished run; None if nothing does.
+    """What keeps a log's events from being those of a finished run; None if nothing does.
 
-    What else such a log must hold follows from its run, and is checked by `log_check`.
+    What else they must be follows from the run's configuration, and is checked by `log_check`.
     """
     keys = [event['key'] for event in events]
     if constants.SUBMISSION_BENCHMARK not in keys:
         return 'it holds no MLPerf log of a training run'
-    for key in _ONCE:
-        if keys.count(key) > 1:
-            return f'it has {keys.count(key)} events {key}: the logs of several runs are mixed'
-    times = [event['time_ms'] for event in events]
     newest = time.time_ns() // 1_000_000 + _TOLERANCE_MS
-    for at in times:
+    for at in (event['time_ms'] for event in events):
         if type(at) is not int or not _OLDEST_MS <= at <= newest:
             return f'its time_ms {at} is not between the year 2000 and now, in whole milliseconds'
-    if any(a > b for a, b in itertools.pairwise(times)):
-        return (
-            'its times run backwards: the clock was set back, or the logs of several runs are mixed'
-        )
     if constants.RUN_STOP not in keys:
         return (
             f'it is not whole: run_stop is missing, the last event is {keys[-1]}; to resume an '
@@ -196,12 +181,11 @@ def _problem_of(events: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def read_events(log: Path) -> list[dict[str, Any]]:
-    """The events of a log of one finished run.
+    """The events of the log of a finished run.
 
     Raises:
       RunError: when it is missing or unfinished.
-      LogRejectedError: when the run has ended, but the log is damaged, mixed of several runs, or
-        its times are impossible.
+      LogRejectedError: when the run has ended, but the log is damaged, or its times are impossible.
     """
     try:
         events = mlperf_log.read(log)
@@ -223,24 +207,23 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise RunError(f'{error}; every work directory of main.py has one') from error
 
 
-def _misshapen(value: Any, shape: Any, name: str) -> list[str]:
-    """The names of values whose types are not those of `shape`."""
-    if not isinstance(shape, dict):
-        return [] if type(value) is shape else [name]
-    if not isinstance(value, dict):
-        return [name]
-    parts = ((value.get(key), part, f'{name}.{key}') for key, part in shape.items())
-    return [wrong for part in parts for wrong in _misshapen(*part)]
+def _at(values: Any, path: str) -> Any:
+    """The value at a path such as a.b in nested mappings; None if there is none."""
+    for name in path.split('.'):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
 
 
 def _read_environment(path: Path) -> dict[str, Any]:
     environment = _read_json(path)
+    wrong = [
+        name for name, kind in _ENVIRONMENT.items() if type(_at(environment, name)) is not kind
+    ]
+    if type(environment.get('starts', 1)) is not int:
+        wrong.append('starts')
     earlier = environment.get('earlier', [])
-    wrong = _misshapen(environment, _ENVIRONMENT, 'environment')
-    wrong += _misshapen(earlier, list, 'earlier')
-    wrong += _misshapen(environment.get('starts', 1), int, 'starts')
-    if not wrong:
-        wrong = [n for start in earlier for n in _misshapen(start, {'commit': str}, 'earlier')]
+    if type(earlier) is not list or any(type(_at(x, 'commit')) is not str for x in earlier):
+        wrong.append('earlier')
     if wrong:
         raise RunError(f'{path} is damaged: {", ".join(wrong)} is missing or of another type')
     return environment

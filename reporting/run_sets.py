@@ -126,3 +126,27 @@ def reject_mixture(runs: Sequence[FinishedRun]) -> None:
             f'the runs in {runs[0].directory.parent} are not of one experiment:\n  {shown}\n'
             'Keep only those that belong together in the folder.'
         )
+
+
+def shortcomings(runs: Sequence[FinishedRun], number: int, may_miss: int) -> list[str]:
+    """What keeps runs from being a complete set, with remedies.
+
+    Args:
+      runs: of one experiment.
+      number: how many there must be at least.
+      may_miss: how many of them may have missed their target.
+    """
+    found, folder = [], runs[0].directory.parent
+    missed = [run.directory.name for run in runs if not run.reached]
+    if len(missed) > may_miss:
+        names = ', '.join(missed[:5])
+        found.append(
+            f'{len(missed)} of {len(runs)} runs missed their target ({names}); '
+            f'{"one" if may_miss else "none"} may'
+        )
+    if len(runs) < number:
+        found.append(
+            f'{len(runs)} runs are there, and it takes at least {number}. This makes the others:\n'
+            f'    {repeat(runs[0], number, folder)}'
+        )
+    return found

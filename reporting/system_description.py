@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a machine is, in the form that MLPerf submissions describe systems.
 
-Read from Linux and the NVIDIA driver; what no command tells (cooling, networks) is left as an
-empty text for the submitter to fill.
+Read from Linux and the NVIDIA driver; what they do not tell (cooling, networks) is left empty for
+the submitter to fill.
 """
 
 import collections
@@ -24,6 +24,13 @@ STATUS = {
     'preview': 'Preview',
     'research': 'Research, Development, or Internal (RDI)',
 }
+# What no command tells.
+_FOR_THE_SUBMITTER = (
+    'host_processor_interconnect', 'host_memory_configuration', 'host_networking',
+    'host_networking_topology', 'accelerator_on-chip_memories', 'accelerator_memory_configuration',
+    'accelerator_interconnect', 'accelerator_interconnect_topology', 'cooling', 'hw_notes',
+    'sw_notes',
+)  # fmt: skip
 
 
 def processors(cpuinfo: str) -> dict[str, str]:
@@ -103,26 +110,16 @@ def describe(config: Config, environment: Mapping[str, Any]) -> dict[str, str]:
         'number_of_nodes': str(nodes),
         **processors(machine.read('/proc/cpuinfo')),
         'host_processor_caches': caches(),
-        'host_processor_interconnect': '',
         'host_memory_capacity': machine.memory(machine.read('/proc/meminfo')),
-        'host_memory_configuration': '',
         **storage(),
-        'host_networking': '',
-        'host_networking_topology': '',
         'accelerators_per_node': str(len(found)),
         'accelerator_model_name': gpu['name'] or 'N/A',
         'accelerator_host_interconnect': f'PCIe Gen{link}' if link else '',
         'accelerator_frequency': gpu['clocks.max.sm'],
-        'accelerator_on-chip_memories': '',
-        'accelerator_memory_configuration': '',
         'accelerator_memory_capacity': gpu['memory.total'],
-        'accelerator_interconnect': '',
-        'accelerator_interconnect_topology': '',
-        'cooling': '',
-        'hw_notes': '',
         'framework': f'JAX {versions["jax"]}',
         'other_software_stack': ', '.join([f'Python {environment["python"]}', *software])
         + (f', NVIDIA driver {gpu["driver_version"]}' if found else ''),
         'operating_system': _operating_system(),
-        'sw_notes': '',
+        **dict.fromkeys(_FOR_THE_SUBMITTER, ''),
     }

@@ -30,30 +30,23 @@ def check(runs: Sequence[FinishedRun]) -> None:
     """Checks that runs can make a reference convergence point.
 
     Raises:
-      RunError: saying why they cannot.
+      RunError: naming everything that is wrong.
     """
-    folder = runs[0].directory.parent
+    folder, commit = runs[0].directory.parent, runs[0].environment['commit']
     run_sets.reject_mixture(runs)
     # MLPerf training rules: twice a result's runs.
     smallest = 2 * verdicts.runs_per_result(runs[0].config.benchmark)
-    missed = [run.directory.name for run in runs if not run.reached]
-    if missed:
-        raise RunError(
-            f'{len(missed)} of {len(runs)} runs in {folder} did not meet their target '
-            f'({", ".join(missed[:5])}): a recipe that is not stable makes no reference point'
-        )
-    if len(runs) < smallest:
-        raise RunError(
-            f'a reference point takes at least {smallest} runs; {folder} holds {len(runs)}. '
-            f'This makes the others:\n  {run_sets.repeat(runs[0], smallest, folder)}'
-        )
-    commit = runs[0].environment['commit']
+    problems = []
     if commit == 'unknown' or commit.endswith('-dirty'):
-        raise RunError(
-            f'the code version of the runs in {folder} is {commit}: nobody could run it again. '
-            'Commit the code, and repeat the runs from there in another folder:\n  '
-            + run_sets.repeat(runs[0], smallest, folder.with_name(f'{folder.name}-committed'))
+        elsewhere = folder.with_name(f'{folder.name}-committed')
+        problems.append(
+            f'their code version is {commit}: nobody could run it again. Commit the code, and '
+            'repeat the runs from there in another folder:\n    '
+            + run_sets.repeat(runs[0], smallest, elsewhere)
         )
+    problems += run_sets.shortcomings(runs, smallest, may_miss=0)
+    if problems:
+        raise RunError(f'the runs in {folder} make no reference point:\n  ' + '\n  '.join(problems))
 
 
 def point(runs: Sequence[FinishedRun], creator: str) -> dict[str, Any]:

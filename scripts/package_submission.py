@@ -48,16 +48,8 @@ def choose(runs: Sequence[FinishedRun], org: str, system: str) -> list[FinishedR
     folder = runs[0].directory.parent
     run_sets.reject_mixture(runs)
     number = verdicts.runs_per_result(runs[0].config.benchmark)
-    problems = []
-    if len(runs) < number:
-        problems.append(
-            f'{len(runs)} of {number} runs are there. This makes the others:\n    '
-            + run_sets.repeat(runs[0], number, folder)
-        )
     runs = runs[:number]
-    missed = [run.directory.name for run in runs if not run.reached]
-    if len(missed) > 1:
-        problems.append(f'{len(missed)} runs missed their target ({", ".join(missed)}); one may')
+    problems = run_sets.shortcomings(runs, number, may_miss=1)
     logged = [(run.config.org, run.config.platform) for run in runs]
     others = [names for names in logged if names != (org, system)]
     if others:

@@ -20,7 +20,7 @@ from reporting.finished_run import FinishedRun, RunError
 def judge(runs: Sequence[FinishedRun]) -> list[page.Verdict]:
     """What the official checkers say of a set of runs."""
     first, ruleset, logs = runs[0], runs[0].ruleset, [run.log for run in runs]
-    judged = [(run, *verdicts.complies(run.log, ruleset)) for run in runs]
+    judged = [(run, *verdicts.complies(run)) for run in runs]
     rejected = [(run, text) for run, passed, text in judged if not passed]
     words = f'{len(runs) - len(rejected)} of {len(runs)} logs'
     if rejected:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from reporting import finished_run, page, run_sets
+from reporting import finished_run, page, run_sets, verdicts
 from run_files import work_directory
 from scripts import (
     convert_checkpoint,
@@ -26,7 +26,7 @@ from scripts import (
 )
 from settings import hyperparameters
 from settings.hyperparameters import Config
-from tests.synthetic_runs import curve, resolve, write_run, write_runs
+from tests.synthetic_runs import curve, plan_of, resolve, write_run, write_runs
 from workloads.resnet.records import Dataset
 
 SCRIPTS = {
@@ -180,6 +180,34 @@ def test_lost_and_changed_lines_are_rejected(run, capsys, lost):
         assert ours in whole
         log.write_text(whole.replace(ours, theirs))
         assert judge_run.main([str(run)]) == 1
+
+
+def test_logs_of_two_runs_in_one_are_rejected(tmp_path, capsys):
+    config = resolve('digits')
+    runs = write_runs(tmp_path, config, [3, 3])
+    log = runs / '001' / 'mlperf.log'
+    first, second = (
+        (runs / name / 'mlperf.log').read_text().splitlines(keepends=True)
+        for name in ('001', '002')
+    )
+    interleaved = [line for pair in zip(first, second, strict=True) for line in pair]
+    for mixed in (interleaved, first + second, second + first, second[9:] + first[:9], second):
+        log.write_text(''.join(mixed))
+        assert judge_run.main([str(runs / '001')]) == 1
+        assert 'REJECTED' in capsys.readouterr().out
+    log.write_text(''.join(first))
+    assert judge_run.main([str(runs / '001')]) == 0
+
+
+@pytest.mark.parametrize('division', ['open', 'closed'])
+def test_an_aborted_run_does_not_comply(tmp_path, division):
+    config = resolve('imagenet', division=division)
+    missed = [0.5] * len(plan_of(config).evaluations)
+    run = finished_run.read_run(write_run(tmp_path / 'run', config, missed))
+    passed, text = verdicts.complies(run)
+    assert not passed
+    assert ('aborted' if division == 'open' else 'eval_accuracy') in text
+    assert verdicts.accepted(run.log, run.ruleset)[0] == (division == 'open')
 
 
 # Of a file that every work directory has; None: there is none.
