@@ -7,6 +7,7 @@ import random
 import resource
 import shlex
 import shutil
+import threading
 import zlib
 from pathlib import Path
 
@@ -130,17 +131,19 @@ def test_real_imagenet_is_held_to_the_published_counts(tmp_path, prepared):
 
 
 def test_ctrl_c_does_not_wait_for_the_shards_that_are_left(tmp_path, prepared, monkeypatch):
-    told_to_stop = []
+    told_to_stop, is_at_work = [], threading.Event()
 
     def interrupted(shard, metadata, full, bar, stop):
         if shard.path.name.endswith('00000-of-00004'):
+            assert is_at_work.wait(20)
             raise KeyboardInterrupt
+        is_at_work.set()
         told_to_stop.append(stop.wait(20))
 
     monkeypatch.setattr('data_preparation.verify._read_shard', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        verify('imagenet2012', tmp_path / 'data', full=True, manifest_file=None, workers=1)
-    assert all(told_to_stop)
+        verify('imagenet2012', tmp_path / 'data', full=True, manifest_file=None, workers=2)
+    assert told_to_stop == [True]
 
 
 # Damage of any kind: every file of the digits in every state.
