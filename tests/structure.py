@@ -36,7 +36,7 @@ ARROWS = {
 }  # fmt: skip
 PROGRAM = 'main'
 # By how their names begin.
-WITHOUT_JAX = ('settings',)
+WITHOUT_JAX = ('settings', 'input_pipeline')
 JAX = ('jax', 'flax', 'optax', 'orbax')
 
 # Private APIs, planted modules, search paths: written as an import or as an attribute.

@@ -6,13 +6,15 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from input_pipeline import AUGMENTATION, Batch, Pipeline, Share, generator
 from settings.errors import ConfigError, DataError
-from workloads.resnet.records import EVAL_SPLIT, Dataset, Records
+from workloads.resnet.datasets import EVAL_SPLIT
+from workloads.resnet.fields import ResNetConfig
+from workloads.resnet.records import Dataset, Records
 from workloads.resnet.small_images import SmallImages
 
 PADDING_LABEL = -1  # Label of the examples that fill up an evaluation's last batch.
@@ -122,7 +124,7 @@ def _decoders(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, 'decode')
 
 
-def check(config: Any, dataset: Dataset) -> None:
+def check(config: ResNetConfig, dataset: Dataset) -> None:
     """Checks that a configuration can use a data set, from its metadata alone.
 
     Raises:
@@ -136,7 +138,7 @@ def check(config: Any, dataset: Dataset) -> None:
         )
 
 
-def pipeline(dataset: Dataset, config: Any, seed: int, share: Share) -> Pipeline:
+def pipeline(dataset: Dataset, config: ResNetConfig, seed: int, share: Share) -> Pipeline:
     """The batches of a run, for one process.
 
     Raises:
