@@ -195,7 +195,7 @@ class Seeds:
 
     def _rejected(self, directory: Path) -> None:
         said = directory.with_suffix('.txt').read_text().strip().splitlines()
-        text = f'run {directory.name} was rejected: {said[-1] if said else "no word"}'
+        text = f'run {directory.name} was rejected: {said[-1] if said else "it printed nothing"}'
         if not (directory / 'config.json').exists():
             raise errors.RejectedError(text)
         # It may be in use and healthy, so nothing is moved here.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logs: the official checkers accept what they should, and what is no whole log is refused by name.
+"""Logs: the official checkers accept what they should; what is no whole log is rejected by name.
 
 Accuracies are chosen here; everything else in a log is written by the program's own calls.
 """
@@ -46,7 +46,7 @@ def test_imagenet_log_above_the_target_passes_as_closed(tmp_path, optimizer):
     assert passed, text
 
 
-def test_imagenet_log_below_the_target_is_refused_as_closed(tmp_path):
+def test_imagenet_log_below_the_target_is_rejected_as_closed(tmp_path):
     config = resolve('imagenet', seed=1, **CLOSED['lars'])
     write_log(tmp_path / 'log', config, [0.7589] * len(plan_of(config).evaluations))
     passed, text = verdicts.accepted(tmp_path / 'log', RULESET)
@@ -59,7 +59,7 @@ def test_imagenet_log_below_the_target_is_refused_as_closed(tmp_path):
     ('optimizer', 'key'), [(o, k) for o in ('lars', 'sgd') for k in official_keys(o)]
 )
 def test_every_key_that_the_closed_division_asks_for_is_ours(tmp_path, monkeypatch, optimizer, key):
-    """Without it the checker refuses the log: so it is looked at, under the name that we write."""
+    """Without it the checker rejects the log: so it is looked at, under the name that we write."""
     config = resolve('imagenet', seed=1, **CLOSED[optimizer])
     event = mlperf_log.EventLog.event
     monkeypatch.setattr(
@@ -101,7 +101,7 @@ def test_resumed_run_leaves_the_log_of_an_unbroken_one(tmp_path, name):
     config = resolve(name, seed=1)
     accuracies = curve(config, 12)
     write_log(tmp_path / 'whole', config, accuracies)
-    # Stopped after one evaluation, then in the middle of a line, then gone on with from the start.
+    # Stopped after one evaluation, then in the middle of a line, then resumed from the start.
     write_log(tmp_path / 'log', config, accuracies[:1])
     text = (tmp_path / 'log').read_text()
     (tmp_path / 'log').write_text(text + text.splitlines()[-1][:40])
@@ -134,7 +134,7 @@ def test_a_log_that_is_no_text_is_told(tmp_path):
         mlperf_log.EventLog(tmp_path / 'log')
 
 
-def test_unfinished_run_is_refused_and_says_so(tmp_path):
+def test_unfinished_run_is_rejected_and_says_so(tmp_path):
     config = resolve('digits', seed=1)
     write_log(tmp_path / 'log', config, [0.5])
     passed, text = verdicts.accepted(tmp_path / 'log', RULESET)
@@ -168,7 +168,7 @@ def two_logs(tmp_path):
     return lines
 
 
-def refusal(path: Path, content: str | bytes) -> str:
+def reading_error(path: Path, content: str | bytes) -> str:
     """What is said of a file with this content; never anything but a RunError."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(finished_run.RunError) as error:
@@ -178,30 +178,30 @@ def refusal(path: Path, content: str | bytes) -> str:
     return str(error.value)
 
 
-def test_log_cut_anywhere_is_refused(tmp_path, two_logs):
+def test_log_cut_anywhere_is_rejected(tmp_path, two_logs):
     lines, _ = two_logs
     for count in range(len(lines)):
         for rest in ('', lines[count][: len(lines[count]) // 2], lines[count][:-2]):
-            said = refusal(tmp_path / 'log', ''.join(lines[:count]) + rest)
+            said = reading_error(tmp_path / 'log', ''.join(lines[:count]) + rest)
             assert re.search('is missing|no MLPerf log', said)
 
 
-def test_damaged_line_is_refused(tmp_path, two_logs):
+def test_damaged_line_is_rejected(tmp_path, two_logs):
     lines, _ = two_logs
     half = len(lines[4]) // 2
     lines[4] = lines[4][:half] + '\0\0}\n'
-    assert 'line 5' in refusal(tmp_path / 'log', ''.join(lines))
+    assert 'line 5' in reading_error(tmp_path / 'log', ''.join(lines))
 
 
-def test_foreign_files_are_refused(tmp_path, two_logs):
-    assert 'no MLPerf log' in refusal(tmp_path / 'log', '')
-    assert 'no MLPerf log' in refusal(tmp_path / 'log', 'epoch 1 loss 2.3\n' * 9)
-    assert 'damaged' in refusal(tmp_path / 'log', bytes(range(256)))
+def test_foreign_files_are_rejected(tmp_path, two_logs):
+    assert 'no MLPerf log' in reading_error(tmp_path / 'log', '')
+    assert 'no MLPerf log' in reading_error(tmp_path / 'log', 'epoch 1 loss 2.3\n' * 9)
+    assert 'damaged' in reading_error(tmp_path / 'log', bytes(range(256)))
     with pytest.raises(finished_run.RunError, match='cannot be read'):
         finished_run.read_events(tmp_path / 'none')
 
 
-def test_run_does_not_go_on_with_a_damaged_log(tmp_path, two_logs):
+def test_run_does_not_resume_with_a_damaged_log(tmp_path, two_logs):
     lines, _ = two_logs
     (tmp_path / 'log').write_text(''.join([*lines[:4], lines[4][9:40] + lines[4], ':::MLLOG {\n']))
     with pytest.raises(mlperf_log.LogError, match='line 6 of .* empty work directory'):
