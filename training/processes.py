@@ -146,6 +146,7 @@ def _join(
     waiting.start()
     waiting.join(timeout)
     if waiting.is_alive():
+        _end_soon()
         jax.distributed.shutdown()
         raise StartError(
             f'not all processes have joined within --start_timeout={timeout} seconds; check that '
