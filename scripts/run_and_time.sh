@@ -89,6 +89,6 @@ status=0
 wait "$child" || status=$?
 while kill -0 "$child" 2> /dev/null; do status=0; wait "$child" || status=$?; done
 trap - TERM INT
-[[ $status -ne 142 ]] || status=75 # It hung, and ended itself by SIGALRM.
+status="$(exit_status "$status")"
 [[ $status -le 1 ]] || exit "$status"
 exec "$python" "$ROOT/scripts/judge_run.py" "$workdir"

@@ -124,7 +124,13 @@ def test_a_process_whose_parent_died_before_it_started_does_not_start():
 
 @pytest.mark.parametrize(
     ('status', 'becomes'),
-    [(0, 0), (1, 1), (3, 3), (128 + signal.SIGALRM, 75), (128 + signal.SIGUSR1, 3), (143, 143)],
+    [
+        (errors.REACHED, errors.REACHED),
+        (errors.REJECTED, errors.REJECTED),
+        (128 + signal.SIGALRM, errors.INTERRUPTED),
+        (128 + signal.SIGUSR1, errors.FAILED),
+        (128 + signal.SIGTERM, 128 + signal.SIGTERM),
+    ],
 )
 def test_shell_scripts_know_what_a_signal_means(status, becomes):
     done = subprocess.run(
