@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line of data preparation; download_dataset.sh and verify_dataset.sh forward to it.
 
-Before there is an environment they let a Python without any package judge the arguments, so what
+Before there is an environment they let a Python without any package check the arguments, so what
 needs one is imported when it is used.
 """
 

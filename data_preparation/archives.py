@@ -22,7 +22,7 @@ from data_preparation.progress import progress
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
-FRUITLESS_ATTEMPTS = 5  # attempts in a row that bring no byte, before a download gives up
+MOST_FAILURES = 5  # attempts in a row that bring no byte, before a download gives up
 MAX_UNPUBLISHED_BYTES = 1 << 30  # of a file whose size only the server states
 
 
@@ -78,7 +78,7 @@ def download(
     if user:
         token = base64.b64encode(f'{user}:{password}'.encode()).decode()
         request.add_unredirected_header('Authorization', f'Basic {token}')
-    fruitless, have = 0, part.stat().st_size if part.exists() else 0
+    failures, have = 0, part.stat().st_size if part.exists() else 0
     with progress(f'downloading {path.name}', size, 'B') as bar:
         while size is None or have < size:
             before, reason = have, 'the connection was closed early'
@@ -87,14 +87,14 @@ def download(
             except ConnectionError as error:
                 reason = str(error)
             have = part.stat().st_size if part.exists() else 0
-            fruitless = 0 if have > before else fruitless + 1
-            if fruitless == FRUITLESS_ATTEMPTS:
+            failures = 0 if have > before else failures + 1
+            if failures == MOST_FAILURES:
                 of = '' if size is None else f' of {size:,}'
                 raise ValueError(
                     f'{redacted(url)}: {reason}; {have:,}{of} bytes are in {part}. Run the same '
                     'command again to resume'
                 )
-            time.sleep(min(2**fruitless - 1, 30))
+            time.sleep(min(2**failures - 1, 30))
     if have != size:
         raise ValueError(
             f'{part} has {have:,} bytes, the published file {size:,}: it is another file. '

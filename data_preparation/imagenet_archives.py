@@ -205,7 +205,7 @@ def repair(name: str, encoded: bytes) -> bytes:
     ValueError if it is to be re-encoded and cannot be decoded.
     """
     if name in imagenet2012_dataset_builder.CMYK_IMAGES:
-        find_frame(encoded)  # It judges the size.
+        find_frame(encoded)  # It checks the size.
         # Adobe's CMYK is stored inverted, so that the product with black is the colour.
         cmyk = simplejpeg.decode_jpeg(encoded, 'CMYK', fastdct=True).astype(np.uint16)
         rgb = (cmyk[..., :3] * cmyk[..., 3:] // 255).astype(np.uint8)

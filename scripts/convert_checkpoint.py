@@ -131,7 +131,7 @@ def check_config(config: Any) -> None:
         )
 
 
-def judge_metadata(
+def check_metadata(
     metadata: Mapping[str, str], model: str, convention: str | None
 ) -> tuple[int, Mapping[str, Any] | None, str]:
     """What the metadata of a file say: (step, configuration or None, input).
@@ -176,7 +176,7 @@ def from_pytorch(file: Path, out: Path, convention: str | None) -> str:
     with _naming(file):
         model = torchvision.identify(state)
         variables = torchvision.from_state_dict(state, model)
-        step, config, convention = judge_metadata(metadata, model, convention)
+        step, config, convention = check_metadata(metadata, model, convention)
         if convention == 'torchvision':
             inverse = tuple(1 / factor for factor in TORCHVISION_SCALE)
             state = torchvision.scale_input(state, inverse)

@@ -197,15 +197,15 @@ def _read_pth(path: Path) -> tuple[StateDict, dict[str, str]]:
             f'{path} is no plain dictionary of names and tensors: {some(others)}. {remedy}'
         )
     _check_dtypes(path, {name: str(tensor.dtype) for name, tensor in loaded.items()})
-    hollow = [
+    absent = [
         name
         for name, tensor in loaded.items()
         if tensor.layout is not torch.strided
         or tensor.device.type != 'cpu'
         or tensor.nbytes > tensor.untyped_storage().nbytes()
     ]
-    if hollow:
-        raise CheckpointError(f'{path}: not all values of these are in the file: {some(hollow)}')
+    if absent:
+        raise CheckpointError(f'{path}: not all values of these are in the file: {some(absent)}')
     source = getattr(loaded, '_metadata', {}).get('', {}).get('source', {})
     if not all(isinstance(text, str) for pair in source.items() for text in pair):
         raise CheckpointError(f'{path} is damaged: its metadata are not names and texts')
