@@ -11,8 +11,9 @@ import pytest
 
 from data_preparation import cifar10 as preparation
 from settings import hyperparameters
-from settings.plan import make_plan
 from tests import harness
+from workloads.resnet import optimizers
+from workloads.resnet.fields import ResNetConfig
 
 ROOT = Path(__file__).parents[2]
 SIZES = {'num_train': 50_000, 'num_eval': 10_000}
@@ -20,27 +21,26 @@ SIZES = {'num_train': 50_000, 'num_eval': 10_000}
 
 def resolved(name, *arguments, **overrides):
     config = importlib.import_module(f'configs.{name}').get_config(*arguments)
-    return hyperparameters.resolve(config, {k: str(v) for k, v in overrides.items()})
+    return hyperparameters.resolve(ResNetConfig, config, {k: str(v) for k, v in overrides.items()})
 
 
 @pytest.mark.parametrize('spec', [('cifar10',), ('cifar10', 'sgd'), ('cifar10_small',)])
 def test_the_learning_rate_reaches_its_end_with_the_last_epoch(spec):
-    plan = make_plan(resolved(*spec), **SIZES, num_devices=1)
-    assert plan.warmup_steps + plan.decay_steps == plan.total_steps
+    config = resolved(*spec)
+    warmup_steps = optimizers.warmup_steps(config, SIZES['num_train'])
+    assert warmup_steps + config.decay_steps == harness.plan_for(config, **SIZES).total_steps
 
 
 @pytest.mark.parametrize('micro_steps', [1, 4, 16])
 def test_the_batch_accumulates_as_the_study_asks(micro_steps):
     config = resolved('cifar10', per_device_batch=512 // micro_steps)
-    assert make_plan(config, **SIZES, num_devices=1).accumulation_steps == micro_steps
+    assert harness.plan_for(config, **SIZES).accumulation_steps == micro_steps
 
 
 def test_the_decoded_training_set_fits_its_budget_of_memory():
-    from workloads.resnet.image_cache import ImageCache
-
     config = resolved('cifar10')
-    assert ImageCache.gib(50_000, 32, 4) <= config['cache_gib']
-    assert ImageCache.gib(1_281_167, 224, 0) > config['cache_gib']
+    gib = 50_000 * 3 * 32**2 / 2**30
+    assert gib <= config.cache_gib
 
 
 @pytest.mark.parametrize('wrong', ['--smal', '--dtype=float16'])
