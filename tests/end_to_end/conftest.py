@@ -30,8 +30,7 @@ def program(runs_dir, digits_dir, request):
         return made[-1]
 
     yield make
-    alive = [p for p in made if p.process and p.process.poll() is None]
-    for each in alive:
+    for each in made:
         each.end()
     leftovers = [found for each in made for found in each.leftovers()]
     for each in made:

@@ -3,8 +3,17 @@
 
 import random
 import time
+from typing import Protocol
 
 from tests.end_to_end.program import Program
+
+
+class Moment(Protocol):
+    """Waits for its moment."""
+
+    __name__: str
+
+    def __call__(self, run: Program, rng: random.Random) -> None: ...
 
 
 def in_the_start(run: Program, rng: random.Random) -> None:
@@ -33,4 +42,4 @@ def in_an_evaluation(run: Program, rng: random.Random) -> None:
     time.sleep(rng.uniform(0, 0.02))
 
 
-ALL = (in_a_step, in_a_save, in_the_start, in_an_evaluation)
+ALL: tuple[Moment, ...] = (in_a_step, in_a_save, in_the_start, in_an_evaluation)

@@ -62,7 +62,7 @@ class Program:
 
     def __init__(self, workdir: Path, data_dir: Path, **config: object):
         self.workdir, self.output = workdir, Path(f'{workdir}.log')
-        self.process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         config = {'data_dir': data_dir, 'seed': 7} | config
         self._arguments = [str(ROOT / 'main.py'), f'--workdir={workdir}']
         self._arguments += [f'--config.{name}={value}' for name, value in config.items()]
@@ -73,7 +73,7 @@ class Program:
         if cpus:
             command = [str(ROOT / 'scripts' / 'launch.py'), f'--cpus={cpus}', '--', *command]
         with self.output.open('w') as output:
-            self.process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, *command],
                 env=environment(devices),
                 stdout=output,
@@ -82,6 +82,16 @@ class Program:
                 cwd='/',
             )
         return self
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """That of its last start: its launcher, if it has several."""
+        assert self._process, 'it was not started'
+        return self._process
+
+    def is_running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     def said(self) -> str:
         """What it has printed since it was started."""
@@ -102,7 +112,7 @@ class Program:
     def until(self, holds, timeout=900) -> None:
         """Waits until a condition holds, or the program has ended."""
         end = time.monotonic() + timeout
-        while not holds() and self.process.poll() is None:
+        while not holds() and self.is_running():
             assert time.monotonic() < end, self.said()
             time.sleep(0.002)
 
@@ -118,7 +128,7 @@ class Program:
 
     def end(self) -> None:
         """Kills whatever of it is left."""
-        if self.process and self.process.poll() is None:
+        if self.is_running():
             for child in self.children():
                 os.kill(child, signal.SIGKILL)
             self.process.kill()

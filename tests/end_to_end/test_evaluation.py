@@ -75,13 +75,15 @@ def test_an_imported_checkpoint_starts_a_run(reached, digits_dir, tmp_path):
     checkpointing.write(
         tmp_path / 'imported', {'variables': tree['variables'], 'step': np.int32(0)}, {}
     )
-    assert harness.is_same(
-        checkpointing.initial_weights(tmp_path / 'imported', ours), tree['variables']
-    )
+    head = ('params', 'fc')
+    weights, new = checkpointing.initial_weights(tmp_path / 'imported', ours, head)
+    assert harness.is_same(weights, tree['variables'])
+    assert new == []
     ours['params']['fc'] = {'kernel': np.zeros((256, 3), np.float32),
                             'bias': np.zeros(3, np.float32)}  # fmt: skip
-    weights = checkpointing.initial_weights(tmp_path / 'imported', ours)
-    assert weights['params']['fc'] is ours['params']['fc']
+    weights, new = checkpointing.initial_weights(tmp_path / 'imported', ours, head)
+    assert sorted(new) == ['params/fc/bias', 'params/fc/kernel']
+    assert harness.is_same(weights['params']['fc'], ours['params']['fc'])
     assert harness.is_same(weights['batch_stats'], tree['variables']['batch_stats'])
     programs.share_programs(tmp_path)
     run('main.py', f'--workdir={tmp_path / "second"}', f'--config.data_dir={digits_dir}',

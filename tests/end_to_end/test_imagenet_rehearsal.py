@@ -59,7 +59,7 @@ def prepared(archives, tmp_path_factory) -> Path:
         work = data_dir / 'imagenet2012' / 'incomplete.5.1.0'
         deadline = time.monotonic() + 120
         while len(list(work.glob('summaries/*.json'))) < 3:
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import resnet as models
+from models.resnet import network
 from models.resnet.batch_norm import EPSILON, BatchNorm
 from models.resnet.network import relu, window_padding
 from models.resnet.pooling import max_pool_3x3_stride_2
@@ -20,7 +20,7 @@ def count(tree):
 
 
 def test_resnet50_has_the_official_number_of_parameters():
-    model = models.create('resnet50', num_classes=1000, bn_span=1)
+    model = network.create('resnet50', num_classes=1000, bn_span=1)
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False)
     )
@@ -29,7 +29,7 @@ def test_resnet50_has_the_official_number_of_parameters():
 
 
 def test_stride_is_in_the_3x3_convolution():
-    model = models.create('resnet50', num_classes=10, bn_span=1)
+    model = network.create('resnet50', num_classes=10, bn_span=1)
     _, shapes = jax.eval_shape(
         lambda: model.init_with_output(
             jax.random.key(0),
@@ -46,7 +46,7 @@ def test_stride_is_in_the_3x3_convolution():
 
 @pytest.mark.parametrize('truncated', [True, False])
 def test_initial_weights(truncated):
-    model = models.create('resnet18_cifar', num_classes=100, bn_span=1, truncated_init=truncated)
+    model = network.create('resnet18_cifar', num_classes=100, bn_span=1, truncated_init=truncated)
     params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)['params']
     kernel = params['layer4_0']['conv2']['kernel']
     assert kernel.std() == pytest.approx(np.sqrt(2 / (9 * 512)), rel=0.01)
@@ -90,11 +90,11 @@ def test_batch_norm_variance_survives_a_large_mean():
 
 def test_batch_norm_evaluates_with_running_statistics():
     x = np.random.default_rng(0).normal(size=(3, 2, 2, 2)).astype(np.float32)
-    stats = {'mean': np.float32([1.0, -1.0]), 'var': np.float32([4.0, 0.25])}
-    params = {'scale': np.float32([2.0, 3.0]), 'bias': np.float32([0.5, 0.0])}
+    stats = {'mean': np.array([1.0, -1.0], np.float32), 'var': np.array([4.0, 0.25], np.float32)}
+    params = {'scale': np.array([2.0, 3.0], np.float32), 'bias': np.array([0.5, 0.0], np.float32)}
     y = BatchNorm(16).apply({'params': params, 'batch_stats': stats}, x, False)
     expected = (x - stats['mean']) / np.sqrt(stats['var'] + EPSILON) * params['scale']
-    np.testing.assert_allclose(y, expected + params['bias'], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(y), expected + params['bias'], rtol=1e-5, atol=1e-6)
 
 
 def test_a_span_that_does_not_divide_the_batch_is_an_error():
@@ -171,7 +171,7 @@ def test_max_pool_does_not_hide_a_nan(tap, around):
 
 
 def test_a_nan_in_the_image_is_one_in_the_logits():
-    model = models.create('resnet18_cifar', num_classes=2, bn_span=1)
+    model = network.create('resnet18_cifar', num_classes=2, bn_span=1)
     x = jnp.zeros((1, 8, 8, 3)).at[0, 7, 7, 1].set(jnp.nan)
     variables = model.init(jax.random.key(0), x, train=False)
-    assert jnp.isnan(model.apply(variables, x, train=False)).all()
+    assert np.isnan(np.asarray(model.apply(variables, x, train=False))).all()

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import resnet as models
+from models.resnet import network
 from workloads.resnet import optimizers, task
 
 GOLDEN = Path(__file__).parents[2] / 'golden'
@@ -126,7 +127,9 @@ def test_official_outputs_are_reproduced(expected, dtype):
 
 def outputs(expected: dict, dtype: type) -> list:
     """Logits (in fp32), probabilities, loss, gradients, running statistics; the rule's weights."""
-    net = models.create('resnet50', num_classes=1000, bn_span=4, padding='same', dtype=dtype)
+    net = network.create(
+        'resnet50', num_classes=1000, bn_span=4, padding='same', dtype=jnp.dtype(dtype)
+    )
     images = np.random.default_rng(1234).standard_normal((4, 224, 224, 3))
     images = images.astype(np.float32).astype(dtype)
     shapes = flax.traverse_util.flatten_dict(
@@ -145,7 +148,7 @@ def outputs(expected: dict, dtype: type) -> list:
             logits, updated = net.apply(
                 variables | {'params': params}, images, True, mutable=['batch_stats']
             )
-            losses = task.cross_entropy(logits, LABELS, 0.1)
+            losses = task.cross_entropy(logits, jnp.asarray(LABELS), 0.1)
             return losses.mean(), (logits, updated['batch_stats'])
 
         (value, (logits, batch)), gradients = jax.value_and_grad(loss, has_aux=True)(

@@ -10,22 +10,26 @@ A relative error is the largest difference divided by the largest magnitude of t
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from input_pipeline import Share
-from models import resnet as models
-from settings.plan import make_plan
+from models.resnet import network
 from tests import harness
 from workloads import weight_files
 from workloads.resnet import images, task, torchvision
 from workloads.resnet.records import find_dataset
 
-torch = pytest.importorskip('torch')
-from tests import torchvision_models  # noqa: E402
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip('torch')
+from tests import torchvision_models
 
 CLASSES, LABEL_SMOOTHING = 10, 0.1
 SPAN = 4
@@ -102,7 +106,7 @@ def batch_of(examples: int, height: int, width: int) -> tuple[np.ndarray, np.nda
 @functools.cache
 def program(model: str, dtype: type):
     """All that this repository computes on one batch, jitted."""
-    net = models.create(model, num_classes=CLASSES, bn_span=SPAN, dtype=dtype)
+    net = network.create(model, num_classes=CLASSES, bn_span=SPAN, dtype=jnp.dtype(dtype))
 
     @jax.jit
     def everything(variables, images, labels):
@@ -152,7 +156,7 @@ def ours(model: str, state: dict, images: np.ndarray, labels: np.ndarray, dtype:
 def peer(model: str, state: dict, dtype: type) -> torch.nn.Module:
     net = torchvision_models.create(model, CLASSES)
     net.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=True)
-    return net.to({np.float32: torch.float32, np.float64: torch.float64}[dtype])
+    return net.double() if dtype is np.float64 else net
 
 
 def to_nchw(images: np.ndarray, dtype: type) -> torch.Tensor:
@@ -165,9 +169,9 @@ def theirs(model: str, state: dict, images: np.ndarray, labels: np.ndarray, dtyp
     PyTorch keeps the unbiased variance, n / (n - 1) times the biased one that ours is, with n the
     elements that a channel's statistics are taken over.
     """
-    net, images = peer(model, state, dtype), to_nchw(images, dtype)
+    net, inputs = peer(model, state, dtype), to_nchw(images, dtype)
     with torch.no_grad():
-        evaluated = net.eval()(images).numpy()
+        evaluated = net.eval()(inputs).numpy()
     elements = {}
     for name, module in net.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -176,7 +180,7 @@ def theirs(model: str, state: dict, images: np.ndarray, labels: np.ndarray, dtyp
             module.register_forward_pre_hook(
                 lambda _, args, name=name: elements.update({name: args[0][:, 0].numel()})
             )
-    logits = torch.cat([net.train()(group) for group in images.split(SPAN)])
+    logits = torch.cat([net.train()(group) for group in inputs.split(SPAN)])
     loss = torch.nn.functional.cross_entropy(
         logits, torch.from_numpy(labels), label_smoothing=LABEL_SMOOTHING
     )
@@ -188,7 +192,7 @@ def theirs(model: str, state: dict, images: np.ndarray, labels: np.ndarray, dtyp
         'evaluation': evaluated,
         'training': logits.detach().numpy(),
         'loss': loss.detach().numpy(),
-        'gradients': {name: value.grad.numpy() for name, value in net.named_parameters()},
+        'gradients': {name: np.asarray(value.grad) for name, value in net.named_parameters()},
         'statistics': statistics,
     }
 
@@ -267,35 +271,38 @@ def test_fp32_gradients_equal_torchvisions(model, height, width, seed):
     agree(case, mine['gradients'], yours['gradients'], 1e-3)
 
 
-STEPS, MICRO_STEPS, BATCH = 20, 2, 32
+STEPS, MICRO_STEPS, BATCH, TRAINING_SET = 20, 2, 32, 1437
+WARMUP_STEPS, STEPS_PER_EPOCH = 5, 45
 
 
 def trajectory_config(data_dir, model: str, optimizer: str):
     """The digits' configuration in fp64, with a warm-up, a decay and a plateau in 20 steps."""
-    config = dict(harness.resolve('digits', data_dir)) | {
-        'model': model,
-        'optimizer': optimizer,
-        'learning_rate': {'lars': 4.0, 'sgd': 0.1}[optimizer],
-        'weight_decay': 0.0002,
-        'decay_steps': 12,
-        'label_smoothing': LABEL_SMOOTHING,
-        'global_batch_size': BATCH,
-        'bn_span': SPAN,
-        'per_device_batch': BATCH // MICRO_STEPS,
-        'dtype': 'float64',
-        'seed': 0,
-    }
-    plan = make_plan(config, num_train=1437, num_eval=360, num_devices=1)
+    config = dataclasses.replace(
+        harness.resolve('digits', data_dir),
+        model=model,
+        optimizer=optimizer,
+        learning_rate={'lars': 4.0, 'sgd': 0.1}[optimizer],
+        warmup_epochs=WARMUP_STEPS / STEPS_PER_EPOCH,
+        weight_decay=0.0002,
+        decay_steps=12,
+        label_smoothing=LABEL_SMOOTHING,
+        global_batch_size=BATCH,
+        bn_span=SPAN,
+        per_device_batch=BATCH // MICRO_STEPS,
+        dtype='float64',
+        seed=0,
+    )
+    plan = harness.plan_for(config, num_train=TRAINING_SET, num_eval=360)
     assert plan.accumulation_steps == MICRO_STEPS
-    return config, dataclasses.replace(plan, warmup_steps=5)
+    return config, plan
 
 
-def rate(config, plan, t: int) -> float:
+def rate(config, t: int) -> float:
     """The official schedule, in Python's own numbers."""
-    base, end, warmup, decay = config.learning_rate, 1e-4, plan.warmup_steps, plan.decay_steps
-    if t <= warmup:
-        return base * t / warmup
-    return (base - end) * (1 - min(t - warmup, decay) / decay) ** 2 + end
+    base, end, decay = config.learning_rate, 1e-4, config.decay_steps
+    if t <= WARMUP_STEPS:
+        return base * t / WARMUP_STEPS
+    return (base - end) * (1 - min(t - WARMUP_STEPS, decay) / decay) ** 2 + end
 
 
 @torch.no_grad()
@@ -317,7 +324,7 @@ def step_theirs(config, parameters, velocities, eta: float):
         w.add_(v)
 
 
-def train_theirs(config, plan, first: dict, micro_batches) -> tuple[list[float], dict]:
+def train_theirs(config, first: dict, micro_batches) -> tuple[list[float], dict]:
     """The same by PyTorch: (losses, final parameters by name)."""
     state = torchvision.to_state_dict(first, step=0)
     net = torchvision_models.create(config.model, CLASSES).double().train()
@@ -327,16 +334,16 @@ def train_theirs(config, plan, first: dict, micro_batches) -> tuple[list[float],
     losses = []
     for t in range(STEPS):
         micro = micro_batches[t * MICRO_STEPS : (t + 1) * MICRO_STEPS]
-        images = np.concatenate([batch['image'] for batch in micro])
+        pixels = np.concatenate([batch['image'] for batch in micro])
         labels = torch.from_numpy(np.concatenate([batch['label'] for batch in micro]))
-        images = to_nchw(images - np.array(task.CHANNEL_MEANS), np.float64)
+        inputs = to_nchw(pixels - np.array(task.CHANNEL_MEANS), np.float64)
         net.zero_grad()
-        logits = torch.cat([net(group) for group in images.split(SPAN)])
+        logits = torch.cat([net(group) for group in inputs.split(SPAN)])
         loss = torch.nn.functional.cross_entropy(
             logits, labels.long(), label_smoothing=LABEL_SMOOTHING
         )
         loss.backward()
-        step_theirs(config, parameters, velocities, rate(config, plan, t))
+        step_theirs(config, parameters, velocities, rate(config, t))
         losses.append(loss.item())
     return losses, {name: w.detach().numpy() for name, w in parameters}
 
@@ -359,7 +366,7 @@ def test_trajectories_equal_pytorchs(digits_dir, model, enlarged, optimizer):
     ]  # fmt: skip
     first, losses, last = harness.train_fp64(config, plan, micro_batches)
     losses = np.reshape(losses, (-1, MICRO_STEPS)).mean(axis=1).tolist()
-    expected_losses, expected = train_theirs(config, plan, first, micro_batches)
+    expected_losses, expected = train_theirs(config, first, micro_batches)
     case = f'{model} {optimizer} {STEPS} steps'
     assert np.ptp(losses) > 0.1
     agree(f'{case} losses', {'losses': losses}, {'losses': expected_losses}, 1e-8)
@@ -384,14 +391,14 @@ def test_exported_checkpoints_classify_alike(digits_dir, tmp_path, model, steps,
     dataset = find_dataset('digits', digits_dir)
     batches = images.pipeline(dataset, config, 0, Share(0, 120, 120)).evaluation()
     ours = task.ImageClassification(config, CLASSES)
-    mine, yours, labels = [], [], []
+    ours_said, theirs_said, labels = [], [], []
     for batch in batches:
         inputs = batch['image'] - np.array(task.CHANNEL_MEANS, np.float32)
-        mine.append(jax.jit(ours.model.apply, static_argnums=2)(variables, inputs, False))
+        ours_said.append(jax.jit(ours.model.apply, static_argnums=2)(variables, inputs, False))
         with torch.no_grad():
-            yours.append(net(to_nchw(inputs, np.float32)).numpy())
+            theirs_said.append(net(to_nchw(inputs, np.float32)).numpy())
         labels.append(batch['label'])
-    mine, yours = np.concatenate(mine), np.concatenate(yours)
+    mine, yours = np.concatenate(ours_said), np.concatenate(theirs_said)
     assert len(mine) == dataset.num_eval
     assert (mine.argmax(-1) == np.concatenate(labels)).mean() > learnt
     same = (mine.argmax(-1) == yours.argmax(-1)).mean()
