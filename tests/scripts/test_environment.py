@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+FAKE_PYTHON = Path(__file__).parent / 'fake_python.sh'
 
 # A set of CUDA 12 wheels that resolves and has code for Volta (sm_70), as read in the wheels. cuDNN
 # 9.11 dropped it; JAX 0.10.2 refuses cuDNN below 9.8 and 9.10.0.
@@ -93,9 +94,9 @@ def test_this_environment_is_the_locked_one(name):
     assert {package: version(package) for package in locked} == locked
 
 
-def handles_absence(node: ast.AST) -> bool:
-    """Whether it is a `try` that goes on where a module is not installed."""
-    return isinstance(node, ast.Try) and any(
+def handles_absence(node: ast.Try) -> bool:
+    """Whether it continues where a module is not installed."""
+    return any(
         getattr(handler.type, 'id', '') in ('ImportError', 'ModuleNotFoundError')
         for handler in node.handlers
     )
@@ -108,7 +109,7 @@ def imported_by(node: ast.AST) -> Iterator[str]:
     elif isinstance(node, ast.ImportFrom) and node.level == 0:
         yield from (f'{node.module}.{name.name}' for name in node.names)
     for child in ast.iter_child_nodes(node):
-        if not (handles_absence(node) and child in node.body):
+        if not (isinstance(node, ast.Try) and handles_absence(node) and child in node.body):
             yield from imported_by(child)
 
 
@@ -122,7 +123,8 @@ def our_file(module: str) -> Path | None:
 def packages_of(files: Iterable[Path]) -> dict[str, set[str]]:
     """Each package that these files import, themselves or through others of ours, and by which."""
     names = packages_distributions()
-    waiting, seen, packages = list(files), set(), {}
+    waiting, seen = list(files), set()
+    packages: dict[str, set[str]] = {}
     while waiting:
         file = waiting.pop()
         if file in seen:
@@ -171,8 +173,8 @@ def small_repository(tmp_path):
     for name in ('cpu', 'tools', 'test', 'build', 'torch'):
         (root / f'requirements-{name}.txt').write_text('')
     packages = ['absl-py', 'six']
-    entries = [re.search(rf'^{p}==(.*\\\n)*.*\n', lock, re.MULTILINE) for p in packages]
-    (root / 'requirements-cpu.txt').write_text(''.join(entry[0] for entry in entries))
+    entries = [re.findall(rf'^{p}==(?:.*\\\n)*.*\n', lock, re.MULTILINE) for p in packages]
+    (root / 'requirements-cpu.txt').write_text(''.join(entry for (entry,) in entries))
     return root
 
 
@@ -228,18 +230,8 @@ def test_set_up_refuses_what_is_no_environment(small_repository):
 def test_set_up_names_the_python_it_needs(small_repository, tmp_path):
     programs = tmp_path / 'bin'
     programs.mkdir()
-    for name, answer in [('python3.11', 'none'), ('python', 'none'), ('python3', '3.12.1')]:
-        program = programs / name
-        # Answers as Python does to the questions that the script asks.
-        program.write_text(f"""#!/bin/sh
-case "{answer}:$*" in
-    none:*) exit 127 ;;
-    *executable*) echo "$0" ;;
-    *-V) echo 'Python {answer}' ;;
-    *) exit 1 ;;
-esac
-""")
-        program.chmod(0o755)
+    for name in ('python3.11', 'python', 'python3'):
+        shutil.copy(FAKE_PYTHON, programs / name)
     result = set_up(small_repository, PATH=f'{programs}:/usr/bin:/bin', PYTHON='')
     assert result.returncode == 2
     assert result.stderr.startswith('error: Python 3.11 was not found')
