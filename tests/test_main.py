@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: what it means, and that nonsense is one clear error with status 2."""
 
+import dataclasses
 import json
 import os
 import random
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 
 import main
-from settings import hyperparameters
+from settings import command_line, hyperparameters, loading
+from settings.errors import ConfigError
+from workloads.by_name import configure
+from workloads.resnet.fields import ResNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -100,18 +104,18 @@ def test_a_json_file_that_is_no_configuration_is_rejected(capsys, tmp_path, text
 
 
 def test_a_json_configuration_is_taken_directly(capsys, tmp_path):
-    config = hyperparameters.resolve(main.load_config('configs/digits.py'), {'seed': '5'})
+    config = configure(loading.load('configs/digits.py'), {'seed': '5'})
     file = tmp_path / 'config.json'
-    file.write_text(json.dumps(dict(config)))
-    assert dict(main.load_config(str(file))) == dict(config)
+    file.write_text(json.dumps(dataclasses.asdict(config)))
+    assert configure(loading.load(str(file)), {}) == config
     assert checked(capsys, f'--config={file}', '--config.seed=none') == (0, '')
 
 
 def test_the_benchmark_has_a_configuration_for_each_optimizer(capsys):
     for optimizer in ('lars', 'sgd'):
-        config = hyperparameters.resolve(main.load_config(f'configs/imagenet.py:{optimizer}'), {})
-        assert config['optimizer'] == optimizer
-        assert config['division'] == 'closed'
+        config = configure(loading.load(f'configs/imagenet.py:{optimizer}'), {})
+        assert config.optimizer == optimizer
+        assert config.division == 'closed'
     status, said = checked(capsys, '--config=configs/imagenet.py:adam')
     assert status == 2
     assert 'not one of lars, sgd' in said
@@ -121,7 +125,7 @@ def test_the_benchmark_has_a_configuration_for_each_optimizer(capsys):
     ('flag', 'words'),
     [
         ('--config.seed=1', 'or --config.seed=none, with which a run that resumes keeps its own'),
-        ('--config.optimizer=sgd', 'with optimizer=sgd add --config.learning_rate=RATE'),
+        ('--config.optimizer=sgd', 'with optimizer=sgd add --config.learning_rate=VALUE'),
         ('--config.init_from=x', 'with init_from=x add --config.division=open'),
     ],
 )
@@ -141,10 +145,10 @@ def test_an_evaluation_does_not_ask_which_division_a_training_was_of(capsys, tmp
 
 
 def test_steps_to_trace_are_steps_of_the_run():
-    main.check_profile(None, 10)
-    main.check_profile((3, 10), 10)
-    with pytest.raises(hyperparameters.ConfigError, match='the run has 10, counted from 0'):
-        main.check_profile((3, 11), 10)
+    command_line.check_profile(None, 10)
+    command_line.check_profile((3, 10), 10)
+    with pytest.raises(ConfigError, match='the run has 10, counted from 0'):
+        command_line.check_profile((3, 11), 10)
 
 
 def test_without_the_environment_the_program_says_how_to_get_it():
@@ -167,28 +171,28 @@ def assert_resolved_or_named(base, overrides, changed):
     """Either the configuration is taken, or the error names a field that was changed."""
     error = None
     try:
-        hyperparameters.resolve(base, overrides)
-    except hyperparameters.ConfigError as caught:
+        configure(base, overrides)
+    except ConfigError as caught:
         error = str(caught)
     assert error is None or any(name in error for name in changed), (changed, error)
 
 
 def test_no_value_of_any_field_is_a_traceback(capsys):
     """Alone, and some together: judged whole, within moments."""
-    names = [entry.name for entry in hyperparameters.TABLE]
+    names = list(hyperparameters.table(ResNetConfig))
     draw = random.Random(0)
     trials = [{name: value} for name in names for value in NASTY]
     trials += [{n: draw.choice(NASTY) for n in draw.sample(names, 3)} for _ in range(1000)]
-    base = main.load_config('configs/digits.py')
+    base = loading.load('configs/digits.py')
     for overrides in trials:
         assert_resolved_or_named(base, overrides, overrides)
 
 
 def test_no_value_of_any_type_in_a_file_is_a_traceback():
     values = (None, True, -1, 0, 2**70, 10**400, -1.5, 1e308, '', 'x', b'x', [], {}, (1,), object())
-    names = [entry.name for entry in hyperparameters.TABLE]
+    names = list(hyperparameters.table(ResNetConfig))
     draw = random.Random(1)
-    base = dict(main.load_config('configs/digits.py'))
+    base = dict(loading.load('configs/digits.py'))
     trials = [{name: value} for name in names for value in values]
     trials += [{n: draw.choice(values) for n in draw.sample(names, 4)} for _ in range(1000)]
     for changes in trials:

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The promise: what is computed depends on hyperparameters and seed, and on nothing else."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import train_lib
-from settings.plan import make_plan
 from tests.harness import (
     TinyBottleneck,
     assert_close,
     differences,
     distance,
     is_same,
+    plan_for,
     resolve,
     train,
     train_fp64,
@@ -74,14 +76,13 @@ def test_digits_do_not_depend_on_topology(digits_dir, on_one_device, devices, pe
 @pytest.mark.parametrize(('task_type', 'size'), [(ImageClassification, 8), (TinyBottleneck, 32)])
 def test_in_fp64_every_array_is_the_same_on_all_topologies(digits_dir, task_type, size):
     steps = 10
-    config = dict(tiny(digits_dir, image_size=size))
-    config |= {'dtype': 'float64'}
+    config = dataclasses.replace(tiny(digits_dir, image_size=size), dtype='float64')
     images = photographs(0, steps * BATCH)
     images['image'] = images['image'][:, :size, :size]
     trained = []
     for devices, per_device_batch in [(1, BATCH), (1, SPAN), (8, SPAN)]:
-        config |= {'per_device_batch': per_device_batch}
-        plan = make_plan(config, num_train=4096, num_eval=10, num_devices=devices)
+        config = dataclasses.replace(config, per_device_batch=per_device_batch)
+        plan = plan_for(config, num_train=4096, num_devices=devices)
         firsts = range(0, steps * BATCH, plan.micro_batch)
         micro_batches = [
             {k: v[i : i + plan.micro_batch] for k, v in images.items()} for i in firsts

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks by name. A further one is a folder beside this file and a line in `_CONFIGS`."""
+"""The benchmarks by name. A further one is a folder beside this file and a line in `BENCHMARKS`."""
 
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from settings.errors import ConfigError
 from settings.hyperparameters import Config, resolve
@@ -12,7 +12,15 @@ from workloads.resnet.fields import ResNetConfig
 if TYPE_CHECKING:
     from training.workload import Workload
 
-_CONFIGS: dict[str, type[Config]] = {'resnet': ResNetConfig}
+
+class Entry(NamedTuple):
+    """A benchmark: the type of its configuration, and the module that has its `WORKLOAD`."""
+
+    config_type: type[Config]
+    module: str
+
+
+BENCHMARKS = {'resnet': Entry(ResNetConfig, 'workloads.resnet.workload')}
 
 
 def config_type(values: Mapping[str, Any]) -> type[Config]:
@@ -22,10 +30,10 @@ def config_type(values: Mapping[str, Any]) -> type[Config]:
       ConfigError: when they name no benchmark that is here.
     """
     name = values.get('benchmark')
-    if not isinstance(name, str) or name not in _CONFIGS:
+    if not isinstance(name, str) or name not in BENCHMARKS:
         given = 'is missing' if name is None else f'is {name!r:.200}'
-        raise ConfigError(f'benchmark {given}; it is one of: {", ".join(_CONFIGS)}')
-    return _CONFIGS[name]
+        raise ConfigError(f'benchmark {given}; it is one of: {", ".join(BENCHMARKS)}')
+    return BENCHMARKS[name].config_type
 
 
 def configure(base: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:
@@ -35,4 +43,4 @@ def configure(base: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:
 
 def load(name: str) -> 'Workload':
     """A benchmark's workload; imports its code, and JAX with it."""
-    return importlib.import_module(f'workloads.{name}.workload').WORKLOAD
+    return importlib.import_module(BENCHMARKS[name].module).WORKLOAD

@@ -2,6 +2,7 @@
 """What a run shows and keeps of its metrics, on terminals of any width and after any damage."""
 
 import builtins
+import dataclasses
 import errno
 import json
 import os
@@ -12,12 +13,26 @@ import pytest
 
 from run_files import banner, progress
 from run_files.line_file import SaveError
-from settings.plan import Evaluation, Plan
+from settings.plan import Course, DeviceBatch, Evaluation, Plan, Target
 from workloads.resnet.records import Dataset
 
-DIGITS = Plan(1437, 360, 128, 1, 128, 1, 12, 214, (Evaluation(20, 1, 225),))
-IMAGENET = Plan(1281167, 50000, 4096, 64, 64, 1, 1565, 21000, (Evaluation(90, 1, 28151),))
-TRAINING = {'loss': 6.90776, 'learning_rate': 10.0, 'images_per_second': 123456.0, 'seconds': 3.0}
+
+def plan(num_train, num_eval, batch, last: Evaluation):
+    course = Course(
+        evaluations=(last,),
+        target=Target('eval_top1', 'top-1', 0.98),
+        unit='epoch',
+        examples_per_unit=num_train,
+        examples='images',
+        device_batch=DeviceBatch(1, 'bn_span', 64),
+    )
+    return Plan(course, num_train, num_eval, batch, 1, batch, 1)
+
+
+DIGITS = plan(1437, 360, 128, Evaluation(225, 20, {}, {}, {}))
+IMAGENET = plan(1281167, 50000, 4096, Evaluation(28151, 90, {}, {}, {}))
+FIRST = Evaluation(1, 1, {}, {}, {})
+TRAINING = {'loss': 6.90776, 'learning_rate': 10.0, 'examples_per_second': 123456.0, 'seconds': 3.0}
 EVALUATION = {'eval_top1': 0.75912, 'eval_loss': 1.5, 'eval_seconds': 2.0}
 
 
@@ -43,7 +58,7 @@ def test_progress_line_fits_the_terminal(tmp_path, capsys, terminal, plan, colum
         line = capsys.readouterr().out.removeprefix('\r\x1b[K')
         assert '\n' not in line
         assert len(line) < columns
-        assert line.startswith(f'epoch {plan.epoch(step):6.2f}')
+        assert line.startswith(f'epoch {plan.position(step):6.2f}')
         fields = line.split('  ')
         assert fields == [field for field in complete(plan, step, fields) if field in fields]
         assert f'step {step}/{plan.total_steps}' in fields
@@ -54,7 +69,7 @@ def test_progress_line_fits_the_terminal(tmp_path, capsys, terminal, plan, colum
 def complete(plan, step, fields):
     """Every field of a line, whole; the time left as it was shown."""
     left = [field for field in fields if field.startswith('at most ') and field.endswith(' left')]
-    epoch = f'epoch {plan.epoch(step):6.2f}'.split('  ')
+    epoch = f'epoch {plan.position(step):6.2f}'.split('  ')
     return [
         *epoch, f'step {step}/{plan.total_steps}', 'loss 6.9078', 'rate 10', '123,456 images/s',
         *left,
@@ -73,7 +88,11 @@ def test_without_a_terminal_every_line_is_complete(tmp_path, capsys):
 def test_what_follows_the_progress_line_has_a_line_of_its_own(tmp_path, capsys, terminal):
     terminal(80)
     shown = progress.Progress(tmp_path, DIGITS, 0)
-    for end in (lambda: shown.say('text'), lambda: shown.evaluation(1, 1, EVALUATION), shown.close):
+    for end in (
+        lambda: shown.say('text'),
+        lambda: shown.evaluation(FIRST, EVALUATION),
+        shown.close,
+    ):
         shown.training(1, TRAINING)
         capsys.readouterr()
         end()
@@ -92,7 +111,7 @@ def metrics(tmp_path):
     shown = progress.Progress(tmp_path, DIGITS, 0)
     for step in (1, 2, 3):
         shown.training(step, TRAINING)
-    shown.evaluation(3, 1, EVALUATION)
+    shown.evaluation(dataclasses.replace(FIRST, step=3), EVALUATION)
     shown.close()
     return (tmp_path / 'metrics.jsonl').read_bytes().splitlines(keepends=True)
 
@@ -127,7 +146,7 @@ def test_damaged_line_of_metrics_costs_that_line(tmp_path, capsys, metrics, dama
 def test_an_evaluation_whose_loss_overflows_is_recorded_without_it(tmp_path, capsys):
     """Its accuracy counts all the same, and what is written stays JSON."""
     shown = progress.Progress(tmp_path, DIGITS, 0)
-    shown.evaluation(12, 1, EVALUATION | {'eval_loss': float('nan')})
+    shown.evaluation(dataclasses.replace(FIRST, step=12), EVALUATION | {'eval_loss': float('nan')})
     (line,) = (tmp_path / 'metrics.jsonl').read_text().splitlines()
 
     def strict(constant):

@@ -26,7 +26,8 @@ def test_a_deterministic_run_fixes_kernels_and_collectives_and_leaves_what_is_se
     monkeypatch.setenv('XLA_FLAGS', '')
     monkeypatch.setenv('NCCL_ALGO', 'Tree')
     monkeypatch.delenv('NCCL_NVLS_ENABLE', raising=False)
-    backend.set_deterministic()
+    monkeypatch.delenv('NVIDIA_TF32_OVERRIDE', raising=False)
+    backend.prepare(deterministic=True)
     assert set(backend.DETERMINISTIC_GPU_FLAGS) <= set(os.environ['XLA_FLAGS'].split())
     assert os.environ['NCCL_ALGO'] == 'Tree'
     assert os.environ['NCCL_NVLS_ENABLE'] == '0'

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every fault of a configuration is found, at once, and said with its rule."""
 
+import dataclasses
 import importlib
 import json
 
 import pytest
 
 import main
-from models import resnet as models
-from settings import hyperparameters
-from settings.hyperparameters import ConfigError, resolve
+from models.resnet.architectures import ARCHITECTURES
+from settings import hyperparameters, loading
+from settings.errors import ConfigError
+from workloads.by_name import configure as resolve
+from workloads.resnet.fields import ResNetConfig
 
+TABLE = hyperparameters.table(ResNetConfig)
 CONFIGS = ('digits', 'cifar10', 'cifar10_small', 'imagenet')
 
 
@@ -27,11 +31,13 @@ def fault(overrides, name='imagenet'):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_committed_configurations_are_good_and_complete(name):
     config = resolve(load(name), {})
-    assert set(config) == {entry.name for entry in hyperparameters.TABLE}
+    assert type(config) is ResNetConfig
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
 
 
 def test_model_names_are_those_of_the_models():
-    assert hyperparameters.BY_NAME['model'].rule.words == 'one of ' + ', '.join(models.NAMES)
+    assert TABLE['model'].rule.words == 'one of ' + ', '.join(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +96,13 @@ def test_all_faults_are_told_at_once():
     assert text.count('\n') == len(overrides)
 
 
+def test_a_benchmark_that_is_not_here_is_rejected():
+    base = load('digits')
+    for change in ({'benchmark': 'chess'}, {'benchmark': None}):
+        with pytest.raises(ConfigError, match='it is one of: resnet'):
+            resolve(dict(base) | change, {})
+
+
 def test_a_missing_field_is_told():
     base = load('digits')
     del base['momentum']
@@ -119,16 +132,16 @@ def test_legal_values_pass(overrides):
 def test_flags_win_over_json_and_json_round_trips(tmp_path):
     path = tmp_path / 'config.json'
     config = resolve(load('digits'), {'seed': '5', 'learning_rate': '3.5'})
-    path.write_text(json.dumps(dict(config)))
-    again = resolve(main.load_config(f'configs/from_json.py:{path}'), {'seed': '6'})
-    assert dict(again) == dict(config) | {'seed': 6}
+    path.write_text(json.dumps(dataclasses.asdict(config)))
+    again = resolve(loading.load(str(path)), {'seed': '6'})
+    assert again == dataclasses.replace(config, seed=6)
 
 
 def test_every_field_has_a_flag():
     arguments = ['--workdir=w']
-    arguments += [f'--config.{entry.name}=1' for entry in hyperparameters.TABLE]
+    arguments += [f'--config.{name}=1' for name in TABLE]
     _, overrides = main.parse_flags(arguments)
-    assert overrides == {entry.name: '1' for entry in hyperparameters.TABLE}
+    assert overrides == dict.fromkeys(TABLE, '1')
 
 
 def test_unknown_configuration_flags_are_judged_not_ignored():
@@ -143,12 +156,12 @@ def test_logged_hyperparameters_are_those_in_use(optimizer):
     other = {'lars': 'sgd', 'sgd': 'lars'}[optimizer]
     assert not any(key.startswith(f'{other}_') for key in lines)
     assert lines['opt_name'] == optimizer
-    assert lines[f'{optimizer}_opt_base_learning_rate'] == config['learning_rate']
+    assert lines[f'{optimizer}_opt_base_learning_rate'] == config.learning_rate
     assert lines['model_bn_span'] == 64
 
 
 def test_hardware_is_no_difference_between_runs():
     ours = resolve(load('digits'), {'per_device_batch': '16', 'data_threads': '3'})
-    assert hyperparameters.differences(ours, dict(resolve(load('digits'), {}))) == []
+    assert hyperparameters.differences(ours, dataclasses.asdict(resolve(load('digits'), {}))) == []
     theirs = resolve(load('digits'), {'learning_rate': '1'})
-    assert len(hyperparameters.differences(ours, dict(theirs))) == 1
+    assert len(hyperparameters.differences(ours, dataclasses.asdict(theirs))) == 1

@@ -11,21 +11,18 @@ import numpy as np
 import pytest
 
 import train_lib
-from run_files.line_file import SaveError
-from settings import plan
+from settings.errors import CheckpointError, SaveError
 from tests import harness
 from training import checkpointing
-from workloads.resnet import optimizers
+from training.checkpoint_saver import CheckpointSaver
 from workloads.resnet.task import ImageClassification
 
 
 def template(*, devices=1, per_device_batch=None, **overrides):
     config = harness.resolve('digits', 'nowhere', per_device_batch=per_device_batch, **overrides)
-    numbers = plan.make_plan(config, num_train=1437, num_eval=360, num_devices=devices)
-    task, optimizer = ImageClassification(config, 10), optimizers.create(config, numbers)
-    return jax.eval_shape(
-        lambda key: train_lib.create_train_state(key, task, optimizer), jax.random.key(0)
-    )
+    plan = harness.plan_for(config, num_train=1437, num_eval=360, num_devices=devices)
+    optimizer, _ = harness.optimizer_for(config, plan)
+    return train_lib.abstract_state(ImageClassification(config, 10), optimizer)
 
 
 def tree_at(step):
@@ -33,7 +30,7 @@ def tree_at(step):
     rng = np.random.default_rng(step)
     tree = jax.tree.map(
         lambda s: rng.standard_normal(s.shape).astype(s.dtype),
-        checkpointing.to_tree(template()),
+        train_lib.to_saved(template()),
     )
     return tree | {'step': np.int32(step)}
 
@@ -49,7 +46,7 @@ def two_saved(tmp_path_factory):
 def with_checkpoints(directory, use):
     """What `use` returns, and what was reported meanwhile."""
     reports = []
-    checkpoints = checkpointing.Checkpoints(directory, reports.append)
+    checkpoints = CheckpointSaver(directory, reports.append)
     result = use(checkpoints)
     checkpoints.close()
     return result, reports
@@ -59,7 +56,7 @@ def restored(directory):
     """What is found, as a tree; and what is reported when the run then opens the directory."""
     found = checkpointing.find(directory, template())
     reports = []
-    checkpointing.Checkpoints(directory, reports.append, found.damaged).close()
+    CheckpointSaver(directory, reports.append, found.damaged).close()
     return found.tree, reports
 
 
@@ -169,7 +166,7 @@ def test_the_same_step_may_be_damaged_twice(two_saved, tmp_path):
 
 def test_a_save_returns_before_anything_is_written(tmp_path, monkeypatch):
     may_write, reports = threading.Event(), []
-    checkpoints = checkpointing.Checkpoints(tmp_path, reports.append)
+    checkpoints = CheckpointSaver(tmp_path, reports.append)
     write = checkpoints._manager.save
     monkeypatch.setattr(
         checkpoints._manager, 'save', lambda *a, **k: may_write.wait(60) and write(*a, **k)
@@ -184,10 +181,10 @@ def test_a_save_returns_before_anything_is_written(tmp_path, monkeypatch):
 
 def test_closing_says_whether_the_last_save_landed(tmp_path, monkeypatch, capfd):
     reports = []
-    checkpoints = checkpointing.Checkpoints(tmp_path / 'good', reports.append)
+    checkpoints = CheckpointSaver(tmp_path / 'good', reports.append)
     checkpoints.save(tree_at(1), {})
     assert checkpoints.close()
-    checkpoints = checkpointing.Checkpoints(tmp_path / 'bad', reports.append)
+    checkpoints = CheckpointSaver(tmp_path / 'bad', reports.append)
     monkeypatch.setattr(os, 'posix_fallocate', full)
     checkpoints.save(tree_at(1), {})
     assert not checkpoints.close()
@@ -201,7 +198,7 @@ def full(*_):
 
 
 def test_a_folder_that_is_gone_ends_the_run(tmp_path):
-    checkpoints = checkpointing.Checkpoints(tmp_path / 'w' / 'checkpoints', print)
+    checkpoints = CheckpointSaver(tmp_path / 'w' / 'checkpoints', print)
     shutil.rmtree(tmp_path / 'w')
     checkpoints.save(tree_at(1), {})
     with pytest.raises(SaveError, match='is gone'):
@@ -214,7 +211,7 @@ def test_weights_that_are_not_finite_start_no_run(tmp_path, value):
     tree = tree_at(3)
     tree['variables']['params']['conv1']['kernel'][0, 0, 0, 0] = value
     checkpointing.write(tmp_path / '3', tree, {})
-    with pytest.raises(checkpointing.CheckpointError, match='1 arrays .* params/conv1/kernel'):
+    with pytest.raises(CheckpointError, match='1 arrays .* params/conv1/kernel'):
         checkpointing.read_weights(tmp_path / '3')
 
 
@@ -223,19 +220,19 @@ def test_it_is_an_error_when_none_is_whole(two_saved, tmp_path):
     for step in ('3', '7'):
         shutil.rmtree(tmp_path / step / 'state')
     before = sorted(tmp_path.rglob('*'))
-    with pytest.raises(checkpointing.CheckpointError, match='start again in a new'):
+    with pytest.raises(CheckpointError, match='start again in a new'):
         checkpointing.find(tmp_path, template())
     assert sorted(tmp_path.rglob('*')) == before
 
 
 def test_another_models_checkpoint_is_refused(two_saved):
-    with pytest.raises(checkpointing.CheckpointError, match='another model or optimizer'):
+    with pytest.raises(CheckpointError, match='another model or optimizer'):
         checkpointing.find(two_saved, template(model='resnet18_cifar', image_size=32))
 
 
 def test_it_does_not_depend_on_devices_and_accumulation():
     described = [
-        checkpointing.to_tree(template(devices=devices, per_device_batch=batch))
+        train_lib.to_saved(template(devices=devices, per_device_batch=batch))
         for devices, batch in ((1, 128), (1, 16), (8, 16))
     ]
     assert described[0] == described[1] == described[2]
@@ -243,8 +240,8 @@ def test_it_does_not_depend_on_devices_and_accumulation():
 
 def test_a_state_survives_the_way_through_a_tree():
     tree = tree_at(5)
-    state = checkpointing.from_tree(tree, template(per_device_batch=16))
-    assert harness.is_same(checkpointing.to_tree(state), tree)
+    state = train_lib.from_saved(tree, template(per_device_batch=16))
+    assert harness.is_same(train_lib.to_saved(state), tree)
     assert int(state.step) == 5
     assert not np.any(state.opt_state.mini_step)
 

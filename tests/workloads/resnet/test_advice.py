@@ -4,14 +4,16 @@
 import pytest
 
 import main
-from settings import hyperparameters
+from settings import hyperparameters, loading
+from workloads.by_name import configure
 from workloads.resnet import advice
+from workloads.resnet.fields import ResNetConfig
 
 
 def warnings(config, **overrides):
-    base = main.load_config(f'configs/{config}.py')
+    base = loading.load(f'configs/{config}.py')
     texts = {name: str(value) for name, value in overrides.items()}
-    return advice.warnings(base, texts, hyperparameters.resolve(base, texts))
+    return advice.warnings(base, texts, configure(base, texts))
 
 
 def test_a_changed_batch_names_what_its_reference_point_uses():
@@ -22,8 +24,8 @@ def test_a_changed_batch_names_what_its_reference_point_uses():
     assert '--config.learning_rate=17' in flags
     arguments = ['--workdir=w', '--config.global_batch_size=8192', *flags]
     _, overrides = main.parse_flags(arguments)
-    base = main.load_config('configs/imagenet.py')
-    config = hyperparameters.resolve(base, overrides)
+    base = loading.load('configs/imagenet.py')
+    config = configure(base, overrides)
     assert advice.warnings(base, overrides, config) == []
 
 
@@ -51,5 +53,5 @@ def test_what_fits_is_not_warned_of(overrides):
 
 
 def test_points_are_named_as_the_fields_are():
-    assert set(advice.NAMES.values()) <= hyperparameters.BY_NAME.keys()
+    assert set(advice.NAMES.values()) <= hyperparameters.table(ResNetConfig).keys()
     assert advice.reference_points()[4096]['decay_steps'] == 13137
