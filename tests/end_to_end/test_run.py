@@ -114,7 +114,7 @@ def test_a_bad_configuration_is_refused_whole_before_anything_is_written(tmp_pat
 
 def test_a_missing_configuration_file_is_told(tmp_path):
     assert 'digits.py' in refused(train(tmp_path / 'w', tmp_path, '--config=configs/digit.py'))
-    text = refused(train(tmp_path / 'w', tmp_path, '--config=configs/from_json.py:nowhere.json'))
+    text = refused(train(tmp_path / 'w', tmp_path, '--config=nowhere.json'))
     assert 'nowhere.json' in text
 
 

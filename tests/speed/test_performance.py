@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,11 @@ def operations(name, **overrides) -> list[JaxprEqn]:
     return [e for e in equations(program_of(**overrides)) if e.primitive.name == name]
 
 
+def described(variable) -> Any:
+    """A variable's shape, size and dtype."""
+    return variable.aval
+
+
 def test_the_step_is_the_forward_pass_and_two_gradients():
     # Every convolution forward, by its kernel and by its input, save the stem's by the image.
     assert len(operations('conv_general_dilated', dtype='float32')) == 3 * CONVOLUTIONS - 1
@@ -98,7 +104,7 @@ def test_float16_alone_has_one_loop():
 
 def dtypes(found: list[JaxprEqn]) -> set[str]:
     """Of all that the operations take and give."""
-    return {str(v.aval.dtype) for e in found for v in (*e.invars, *e.outvars)}
+    return {str(described(v).dtype) for e in found for v in (*e.invars, *e.outvars)}
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
@@ -110,14 +116,16 @@ def test_convolutions_are_in_the_dtype_and_the_rest_is_fp32(dtype):
 
 def test_fp32_converts_nothing_as_large_as_an_activation():
     smallest = BATCH * (SIZE // 8) ** 2 * 16  # Elements of the smallest activation.
-    converted = [e.invars[0].aval for e in operations('convert_element_type', dtype='float32')]
+    converted = [
+        described(e.invars[0]) for e in operations('convert_element_type', dtype='float32')
+    ]
     large = {(a.shape, str(a.dtype)) for a in converted if a.size >= smallest}
     # The images, once.
     assert large == {((BATCH, SIZE, SIZE, 3), 'uint8')}
 
 
 def test_no_activation_is_transposed():
-    moved = [e.invars[0].aval.shape for e in operations('transpose', dtype='float32')]
+    moved = [described(e.invars[0]).shape for e in operations('transpose', dtype='float32')]
     # Those of kernels are; activations start with BATCH.
     assert not [shape for shape in moved if len(shape) == 4 and shape[0] == BATCH]
 
@@ -131,10 +139,10 @@ def test_batch_norm_reads_activations_twice_forward_and_twice_backward():
         return (y * y).sum()
 
     jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(variables['params'], x).jaxpr
-    sums = [e.invars[0].aval.size for e in equations(jaxpr) if e.primitive.name == 'reduce_sum']
-    assert (
-        sums.count(x.size) == 1 + 2 + 2
-    )  # This test's own sum; mean and variance; their gradients.
+    sums = [e for e in equations(jaxpr) if e.primitive.name == 'reduce_sum']
+    whole = [e for e in sums if described(e.invars[0]).size == x.size]
+    # This test's own sum; mean and variance; their gradients.
+    assert len(whole) == 1 + 2 + 2
 
 
 @pytest.mark.parametrize('micro_batch', [BATCH, SPAN])
@@ -142,6 +150,7 @@ def test_the_state_is_updated_in_place(micro_batch):
     task, optimizer, *_ = step = parts(per_device_batch=micro_batch)
     state = jax.tree.leaves(train_lib.abstract_state(task, optimizer))
     memory = train_lib.lower_train(*step).compile().memory_analysis()
+    assert memory is not None
     assert memory.alias_size_in_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in state)
 
 
@@ -159,9 +168,9 @@ def test_resnet50_takes_three_forward_passes_of_operations():
     forward = forward_operations()
     assert forward == pytest.approx(8.2e9, rel=0.01)
     # Batch normalisation, ReLU and the update are the rest; XLA counts padded taps as no work.
-    assert train_lib.lower_train(*step).cost_analysis()['flops'] / 2 == pytest.approx(
-        3 * forward - stem, rel=0.05
-    )
+    costs = train_lib.lower_train(*step).cost_analysis()
+    assert costs is not None
+    assert costs['flops'] / 2 == pytest.approx(3 * forward - stem, rel=0.05)
 
 
 def forward_operations():
@@ -207,13 +216,6 @@ def test_the_loop_imports_nothing_that_it_does_not_use():
     imported = imported_by('-m', 'training.train_loop')
     assert 'train_lib' in imported
     assert not imported & {'torch', 'tensorflow', 'sklearn', 'matplotlib', 'pandas'}
-
-
-@pytest.mark.parametrize('text', ['5', '5:5', '6:5', '-1:3', 'a:b'])
-def test_a_profile_of_no_steps_is_refused(text):
-    done = run('main.py', '--workdir=unused', f'--profile={text}')
-    assert done.returncode == 2
-    assert 'START:STOP' in done.stderr
 
 
 TINY = ('--config=configs/digits.py', '--model=resnet_digits', '--image_size=8', '--classes=10')
