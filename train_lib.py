@@ -96,30 +96,8 @@ class TrainState:
         return self.opt_state.gradient_step
 
 
-class SingleStep(optax.MultiSteps):
-    """`optax.MultiSteps` for k = 1: the same updates, without an accumulator of the gradient."""
-
-    def __init__(self, transform: optax.GradientTransformation):
-        super().__init__(transform, 1)
-
-    def init(self, params: Any) -> optax.MultiStepsState:
-        """The state before the first step."""
-        zero = jnp.zeros((), jnp.int32)
-        return optax.MultiStepsState(zero, zero, self.inner_opt.init(params), acc_grads=())
-
-    def update(self, updates: Any, state: optax.MultiStepsState, params: Any = None, **extra_args):
-        """The wrapped transformation's updates, and the next state."""
-        updates, inner = self.inner_opt.update(
-            updates, state.inner_opt_state, params=params, **extra_args
-        )
-        step = state.gradient_step + 1
-        return updates, state._replace(inner_opt_state=inner, gradient_step=step)
-
-
 def accumulated(transformation: optax.GradientTransformation, steps: int) -> optax.MultiSteps:
     """An optimizer that is fed micro-batches, and moves the variables at every `steps`-th one."""
-    if steps == 1:
-        return SingleStep(transformation)
     # The accumulator is fp32, but for tests in fp64.
     return optax.MultiSteps(transformation, steps, accumulator_dtype=float)
 
@@ -206,7 +184,7 @@ def _until_finite(attempt: Callable[[jax.Array], Any], scale: jax.Array) -> tupl
 
 
 def _next_scale(old: LossScale, used: jax.Array, is_whole: jax.Array) -> LossScale:
-    """The loss scale after a micro-step that used `used`; `is_whole`: it ended an optimizer step."""
+    """The loss scale after a micro-step that used `used`, and may have ended an optimizer step."""
     good_steps = jnp.where(used < old.value, 0, old.good_steps + is_whole.astype(jnp.int32))
     double = good_steps >= STEPS_TO_DOUBLE_LOSS_SCALE
     return LossScale(
@@ -245,9 +223,7 @@ def train_step(
 
         grads, (metrics, statistics) = jax.grad(scaled_loss, has_aux=True)(params)
         grads = jax.tree.map(lambda g: g / scale, grads)
-        # The optimizer moves the running statistics by this "gradient".
-        drift = jax.tree.map(jnp.subtract, running, statistics)
-        return lax.pmean(({'params': grads, **drift}, metrics), AXIS)
+        return lax.pmean(({'params': grads, **statistics}, metrics), AXIS)
 
     if task.dtype == 'float16':
         scale, (gradient, metrics) = _until_finite(attempt, state.loss_scale.value)
@@ -257,14 +233,13 @@ def train_step(
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.variables)
     finite = _all_finite((updates, metrics))
     new = TrainState(
-        jax.tree.map(
-            lambda w, u: w + jnp.where(finite, u, jnp.zeros_like(u)), state.variables, updates
-        ),
+        optax.apply_updates(state.variables, updates),
         opt_state,
         _next_scale(state.loss_scale, scale, opt_state.mini_step == 0)
         if task.dtype == 'float16'
         else state.loss_scale,
     )
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     own = (finite, schedule(state.step), new.loss_scale.value)
     return new, metrics | dict(zip(OWN_METRICS, own, strict=True))
 

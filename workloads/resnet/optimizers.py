@@ -32,14 +32,14 @@ def warmup_steps(config: ResNetConfig, num_train: int) -> int:
     return round(config.warmup_epochs * math.ceil(num_train / config.global_batch_size))
 
 
-def learning_rate_schedule(config: ResNetConfig, plan: Plan) -> optax.Schedule:
+def learning_rate_schedule(config: ResNetConfig, num_train: int) -> optax.Schedule:
     """Linear warm-up, then polynomial decay, over optimizer steps t from 0.
 
     η·t/W for t ≤ W; then (η - η_end)·(1 - min(t - W, D)/D)^power + η_end, with W = warm-up steps
     and D = decay steps (MLPerf training v4.0, ResNet).
     """
     base, end = config.learning_rate, config.end_learning_rate
-    warmup = float(warmup_steps(config, plan.num_train))
+    warmup = float(warmup_steps(config, num_train))
     decay = float(config.decay_steps)
 
     def schedule(step):
@@ -119,15 +119,24 @@ def sgd(
     )
 
 
+def moving_average(momentum: float) -> optax.GradientTransformation:
+    """running ← momentum·running + (1 - momentum)·batch, where the updates are the batch's own."""
+
+    def update(batch, state, running):
+        return jax.tree.map(lambda b, r: (1 - momentum) * (b - r), batch, running), state
+
+    return optax.GradientTransformation(lambda running: optax.EmptyState(), update)
+
+
 def create(config: ResNetConfig, plan: Plan) -> Optimizer:
     """The optimizer of a run, of weights and running statistics."""
-    schedule = learning_rate_schedule(config, plan)
+    schedule = learning_rate_schedule(config, plan.num_train)
     if config.optimizer == 'lars':
         weights = lars(schedule, config.momentum, config.weight_decay, config.lars_epsilon)
     else:
         weights = sgd(schedule, config.momentum, config.weight_decay)
     both = optax.partition(
-        {'weights': weights, 'statistics': optax.sgd(1 - BATCH_NORM_MOMENTUM)},
+        {'weights': weights, 'statistics': moving_average(BATCH_NORM_MOMENTUM)},
         {'params': 'weights', 'batch_stats': 'statistics'},
     )
     return Optimizer(both, schedule)

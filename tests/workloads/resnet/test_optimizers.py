@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LARS, SGD and the schedule against values that the official reference computed."""
 
+import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 
+import train_lib
+from tests import harness
 from workloads.resnet import optimizers
 
 GOLDEN = Path(__file__).parents[2] / 'golden'
@@ -54,18 +56,27 @@ def test_lars_ratio_is_one_where_a_norm_is_zero():
     np.testing.assert_allclose(updates['b']['kernel'], -0.5 * 2e-4)
 
 
+def schedule_of(warmup_steps, **fields):
+    """The schedule with a warm-up of so many steps: an epoch is one step here."""
+    config = dataclasses.replace(
+        harness.resolve('digits', 'unused'), warmup_epochs=warmup_steps, **fields
+    )
+    assert optimizers.warmup_steps(config, config.global_batch_size) == warmup_steps
+    return optimizers.learning_rate_schedule(config, config.global_batch_size)
+
+
 @pytest.mark.parametrize('name', ['bs4096', 'bs1632'])
 def test_schedule_equals_the_official_one(name):
-    # Made with steps per epoch rounded up, as plan.make_plan has them; the official default rounds
+    # Made with steps per epoch rounded up, as `warmup_steps` has them; the official default rounds
     # down (tests/golden/README.md).
     golden = json.loads((GOLDEN / 'lr_schedule.json').read_text())[name]
-    config = {
-        'learning_rate': golden['base_learning_rate'],
-        'end_learning_rate': golden['end_learning_rate'],
-        'decay_power': golden['power'],
-    }
-    plan = SimpleNamespace(warmup_steps=golden['warmup_steps'], decay_steps=golden['decay_steps'])
-    schedule = optimizers.learning_rate_schedule(config, plan)
+    schedule = schedule_of(
+        golden['warmup_steps'],
+        decay_steps=golden['decay_steps'],
+        learning_rate=golden['base_learning_rate'],
+        end_learning_rate=golden['end_learning_rate'],
+        decay_power=golden['power'],
+    )
     for step, rate in golden['values'].items():
         # 1e-6 of the base rate: the official values are themselves float32 results.
         assert abs(float(schedule(int(step))) - rate) <= 1e-6 * golden['base_learning_rate']
@@ -74,15 +85,10 @@ def test_schedule_equals_the_official_one(name):
 
 
 def test_schedule_without_warmup_or_decay():
-    config = {'learning_rate': 2.0, 'end_learning_rate': 1e-4, 'decay_power': 2}
-    schedule = optimizers.learning_rate_schedule(
-        config, SimpleNamespace(warmup_steps=0, decay_steps=10)
-    )
+    schedule = schedule_of(0, decay_steps=10, learning_rate=2.0)
     assert float(schedule(0)) == pytest.approx(2.0)
     assert float(schedule(1000)) == pytest.approx(1e-4)
-    schedule = optimizers.learning_rate_schedule(
-        config, SimpleNamespace(warmup_steps=4, decay_steps=0)
-    )
+    schedule = schedule_of(4, decay_steps=0, learning_rate=2.0)
     assert float(schedule(4)) == pytest.approx(2.0)
     assert float(schedule(5)) == pytest.approx(1e-4)
 
@@ -113,23 +119,18 @@ def test_sgd_is_its_equation():
 
 
 def test_running_statistics_move_once_by_the_average():
-    config = {
-        'optimizer': 'sgd',
-        'learning_rate': 0.1,
-        'end_learning_rate': 1e-4,
-        'decay_power': 2,
-        'momentum': 0.9,
-        'weight_decay': 1e-4,
-    }
-    plan = SimpleNamespace(warmup_steps=0, decay_steps=10, accumulation_steps=4)
-    transform = optimizers.create(config, plan)
+    config = harness.resolve('digits', 'unused', optimizer='sgd', learning_rate=0.1)
+    plan = harness.plan_for(config, num_train=1437)
+    transform = train_lib.accumulated(optimizers.create(config, plan).transformation, 4)
     running = {'bn1': {'mean': jnp.array([1.0, 2.0])}}
     variables = {'params': {'fc': {'kernel': jnp.ones((1, 1))}}, 'batch_stats': running}
     state = transform.init(variables)
     batch_means = [jnp.array([float(i), 10.0]) for i in range(4)]
     for mean in batch_means:
-        drift = jax.tree.map(lambda r, m=mean: r - m, running)
-        gradient = {'params': {'fc': {'kernel': jnp.zeros((1, 1))}}, 'batch_stats': drift}
+        gradient = {
+            'params': {'fc': {'kernel': jnp.zeros((1, 1))}},
+            'batch_stats': {'bn1': {'mean': mean}},
+        }
         updates, state = transform.update(gradient, state, variables)
         variables = optax.apply_updates(variables, updates)
     expected = 0.9 * np.array([1.0, 2.0]) + 0.1 * np.array([1.5, 10.0])
