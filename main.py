@@ -9,11 +9,13 @@ The second evaluates a checkpoint over the whole set, prints its quality, and wr
 The third only judges the arguments and the configuration. The same command resumes a run that was
 interrupted. Exit status: 0 the target was reached, 1 it was missed, 2 the run was rejected before
 it began, 3 it failed, 75 it was interrupted and saved. Before there is anything to save a signal
-just ends the program; a run that hangs ends itself by SIGALRM.
+just ends the program; a run that hangs ends itself by SIGALRM, and one of several processes that
+fails alone, and would wait for the others, by SIGUSR1.
 """
 
 import argparse
 import json
+import logging
 import shlex
 import signal
 import sys
@@ -57,6 +59,8 @@ def run(
     backend.prepare(config.deterministic)
     from training import compilation_cache, evaluation, processes, train_loop
 
+    for name in ('absl', 'asyncio'):  # What fails is raised; their tracebacks would bury it.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     compilation_cache.configure()
     workload = by_name.load(config.benchmark)
     dataset = workload.data(config)

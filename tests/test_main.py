@@ -47,6 +47,9 @@ def checked(capsys, *arguments):
         ([], '--workdir=DIR is required'),
         (['--workdir=w', '--profile=5'], "'5' is not START:STOP"),
         (['--workdir=w', '--profile=9:3'], 'not START:STOP'),
+        (['--workdir=w', '--profile=5:5'], 'not START:STOP'),
+        (['--workdir=w', '--profile=-1:3'], 'not START:STOP'),
+        (['--workdir=w', '--profile=a:b'], 'not START:STOP'),
         (['--workdir=w', '--mode=evaluate'], 'invalid choice'),
         (['--workdir=w', '--num_processes=two'], 'invalid int value'),
     ],
@@ -70,7 +73,8 @@ def test_a_field_takes_its_value_to_the_letter():
         ('def get_config(): return "text"', 'returned str'),
         ('def get_config(): raise SystemExit(0)', 'SystemExit'),
         ('import sys; sys.exit(0)', 'SystemExit'),
-        ('def get_config(): return {1: 2}', '1 is no hyperparameter'),
+        ('def get_config(): return {1: 2}', 'benchmark is missing'),
+        ("def get_config(): return {1: 2, 'benchmark': 'resnet'}", '1 is no hyperparameter'),
         ('get_config = 5', 'not callable'),
         ('x = 5', 'get_config'),
         ('syntax error', 'SyntaxError'),
@@ -156,7 +160,7 @@ def test_without_the_environment_the_program_says_how_to_get_it():
         [sys.executable, '-S', '-I', ROOT / 'main.py', '--help'], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: No module named 'ml_collections'")
+    assert done.stderr.startswith("error: No module named 'settings'")
     assert f'source {ROOT}/.venv/bin/activate' in done.stderr
 
 

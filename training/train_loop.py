@@ -234,6 +234,7 @@ class Run:
             parts.trace.end(self.state)
             parts.progress.close()
             parts.watchdog.stop()
+        saved = processes.broadcast(saved)
         if outcome is Outcome.INTERRUPTED and not saved:
             raise SaveError(
                 f'the run was interrupted after step {self.step}, which could not be saved; the '

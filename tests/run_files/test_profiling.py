@@ -21,7 +21,7 @@ def traced(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.profiler, 'stop_trace', running.clear)
 
     def run(steps, *blocks):
-        trace, seen = Trace(tmp_path / 'profile', steps), []
+        trace, seen = Trace(tmp_path / 'profile', steps, print), []
         for block in blocks:
             for step in block:
                 trace.at(step, jnp.zeros(1))
@@ -61,7 +61,7 @@ def test_the_end_of_a_run_that_failed_raises_nothing(tmp_path, monkeypatch, caps
     monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: None)
     monkeypatch.setattr(jax.profiler, 'stop_trace', full)
     state = jnp.zeros(1)
-    trace = Trace(tmp_path / 'profile', (0, 2))
+    trace = Trace(tmp_path / 'profile', (0, 2), print)
     trace.at(0, state)
     state.delete()
     trace.end(state)

@@ -14,7 +14,7 @@ import pytest
 from run_files import banner, progress
 from run_files.line_file import SaveError
 from settings.plan import Course, DeviceBatch, Evaluation, Plan, Target
-from workloads.resnet.records import Dataset
+from tests.harness import resolve
 
 
 def plan(num_train, num_eval, batch, last: Evaluation):
@@ -235,19 +235,19 @@ def test_without_tensorboardx_metrics_are_written_and_it_is_told_once(
 
 @pytest.mark.parametrize('name', ['run', 'a long name ' * 12, 'x' * 200])
 def test_banner_says_what_runs_in_80_columns(tmp_path, name):
-    config = {'model': 'resnet50', 'dtype': 'bfloat16', 'seed': 2**63 - 1}
-    dataset = Dataset('imagenet2012', '', 1281167, 50000, 1000, f'{"d1" * 8}-{"ce" * 8}')
+    config = resolve('imagenet', 'x', dtype='bfloat16', division='open', seed=2**63 - 1)
+    digest = f'{"d1" * 8}-{"ce" * 8}'
     weights = {'params': {'kernel': progress_array((7, 7, 3, 64)), 'bias': progress_array((64,))}}
-    lines = banner.lines(config, IMAGENET, dataset, weights, tmp_path / name, 3130)
+    lines = banner.lines(config, IMAGENET, digest, weights, tmp_path / name, 3130)
     assert max(map(len, lines)) <= 80
     text = '\n'.join(lines)
     for words in (
-        '8 × cpu', '4096 = 64 device(s) × 64 examples × 1 accumulation step(s)', 'bfloat16',
-        'resnet50, 9,472 parameters', 'imagenet2012: 1,281,167 examples', 'd1d1', str(2**63 - 1),
-        'resumed from step 3130 (epoch 10.01)',
+        '8 × cpu', '4096 images = 1 device(s) × 4096 × 1 accumulation step(s)', 'bfloat16',
+        'resnet50, 9,472 parameters', 'imagenet2012: 1,281,167 images to train', 'd1d1',
+        str(2**63 - 1), 'resumed from step 3130 (epoch 10.01)',
     ):  # fmt: skip
         assert words in text
-    assert 'new run' in '\n'.join(banner.lines(config, IMAGENET, dataset, weights, tmp_path, 0))
+    assert 'new run' in '\n'.join(banner.lines(config, IMAGENET, digest, weights, tmp_path, 0))
 
 
 def progress_array(shape):
