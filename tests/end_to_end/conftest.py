@@ -51,10 +51,10 @@ THREE_EPOCHS = GENTLE | {'max_epochs': 3, 'checkpoint_every_steps': 15, 'log_eve
 
 @pytest.fixture(scope='session')
 def reached(runs_dir, digits_dir):
-    """A run to a target that it meets after some six epochs."""
+    """A run to a target that it meets after some four epochs."""
     run = Program(runs_dir / 'reached', digits_dir, **EASY)
     assert run.run() == 0, run.said()
     return run
 
 
-EASY = {'target_top1': 0.5, 'eval_every_epochs': 2, 'checkpoint_every_steps': 10}
+EASY = {'target_top1': 0.3, 'checkpoint_every_steps': 10}

@@ -87,4 +87,4 @@ def test_an_imported_checkpoint_starts_a_run(reached, digits_dir, tmp_path):
     assert harness.is_same(weights['batch_stats'], tree['variables']['batch_stats'])
     programs.share_programs(tmp_path)
     run('main.py', f'--workdir={tmp_path / "second"}', f'--config.data_dir={digits_dir}',
-        f'--config.init_from={tmp_path / "imported"}', '--config.target_top1=0.5')  # fmt: skip
+        f'--config.init_from={tmp_path / "imported"}', '--config.target_top1=0.3')  # fmt: skip
