@@ -10,7 +10,7 @@
 #   --dtype      of the 20 runs (default: float32); 5 runs have the other one
 #   --jobs       runs at a time (default: what fits); for times that count, 1
 #
-# The same command goes on where it was stopped; finished runs are kept. Without --small:
+# The same command resumes; finished runs are kept. Without --small:
 #   DIR/lars-DTYPE   20 seeds, the reference points (rcps.json) are made from them
 #   DIR/lars-OTHER   5 seeds in the other precision
 #   DIR/sgd-DTYPE    5 seeds with SGD
@@ -37,7 +37,7 @@ out="${out:-$ROOT/runs/cifar10-study${small:+-small}}"
 python="$VENV/bin/python"
 missed=0
 
-# attempt COMMAND…: notes a missed target (status 1) and goes on; any other failure ends the study.
+# attempt COMMAND…: notes a missed target (status 1) and continues; any other failure ends the study.
 attempt() {
     local status=0
     "$@" || status=$?

@@ -16,7 +16,7 @@ _NAME_WIDTH = 12
 
 
 def _row(name: str, value: str) -> list[str]:
-    """Lines of a name and its value; a long value goes on below itself."""
+    """Lines of a name and its value; a long value takes several."""
     rest = ' ' * _NAME_WIDTH
     return textwrap.wrap(
         value,

@@ -109,7 +109,7 @@ class Processes:
 
     @staticmethod
     def _print(prefix: str, process: subprocess.Popen) -> None:
-        for line in process.stdout:
+        for line in process.stdout or ():
             sys.stdout.buffer.write(prefix.encode() + line)
             sys.stdout.buffer.flush()
 

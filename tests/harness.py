@@ -35,7 +35,7 @@ class TinyBottleneck(ImageClassification):
             num_classes=self.num_classes,
             bn_span=self.config.bn_span,
             large_stem=True,
-            dtype=self.config.dtype,
+            dtype=jax.numpy.dtype(self.config.dtype),
         )
 
 

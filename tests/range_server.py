@@ -36,7 +36,8 @@ class RangeServer(_Server):
     def __init__(
         self, content: bytes | Mapping[str, bytes], breaks: list[int], ranges: bool = True
     ):
-        requests = self.requests = []
+        requests: list[tuple] = []
+        self.requests = requests
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
@@ -66,7 +67,8 @@ class RawServer(_Server):
     """
 
     def __init__(self, answer: Iterable[bytes], hangs: bool = False):
-        requests = self.requests = []
+        requests: list[tuple] = []
+        self.requests = requests
         over = self._over = threading.Event()
 
         class Handler(socketserver.BaseRequestHandler):

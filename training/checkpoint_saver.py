@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves a run's checkpoints in a thread of its own, while the run goes on."""
+"""Saves a run's checkpoints in a thread of its own, while the run trains."""
 
 import concurrent.futures
 import contextlib
@@ -42,7 +42,7 @@ class CheckpointSaver:
             path.rename(aside)
             self._report(f'checkpoint {path} is damaged, and now called {aside.name}: {reason}')
         self._manager = self._open()
-        # Orbax has threads too, but starts them only after half a second's work on a ResNet-50.
+        # Orbax has threads too, but starts them after half a second's work on 100 MB of weights.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
         self._saving: concurrent.futures.Future | None = None
         self._landed = True  # The last save, or it is on its way.
@@ -64,7 +64,7 @@ class CheckpointSaver:
     def save(self, tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Starts writing a tree of host arrays and a JSON record; an earlier save ends first.
 
-        A save that fails (a full disk) is reported and the run goes on.
+        A save that fails (a full disk) is reported, and the run continues.
         """
         self.wait()
         step = int(tree['step'])

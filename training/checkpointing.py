@@ -4,7 +4,7 @@
 A checkpoint is a tree of NumPy arrays (weights, running statistics, optimizer state, step, loss
 scale) and a small JSON record (step, configuration with the seed, checksum), written with Orbax.
 Process 0 reads the newest good one at the start and the others receive it, so a run continues on
-any number of devices and processes. `checkpoint_saver` writes them while a run goes on.
+any number of devices and processes. `checkpoint_saver` writes them while a run trains.
 """
 
 import dataclasses

@@ -49,7 +49,7 @@ def train(arguments):
         return errors.FAILED
     if behaviour == 'rejected':
         return rejected('the data set is missing')
-    config = resolve('digits', **overrides)
+    config = resolve('digits', None, **overrides)
     missed = [0.5] * len(plan_of(config).evaluations)
     results = missed if behaviour == 'miss' else curve(config, 5)
     write_run(workdir, config, results, seed=int.from_bytes(os.urandom(7)))

@@ -85,7 +85,7 @@ def compiles(folder):
         lambda event, **_: hits.append(event) if event.endswith('cache_hits') else None
     )
     compilation_cache.keep(Path(folder.replace('{}', str(jax.process_index()))))
-    print('cache', jax.config.jax_compilation_cache_dir)
+    print('cache', jax.config.values['jax_compilation_cache_dir'])
     hits.clear()
     print('sum', jax.jit(lambda x: (x * 3).sum())(jnp.ones(2)), 'hits', len(hits))
 
