@@ -20,9 +20,7 @@ class Trace:
       report: receives what people should know.
     """
 
-    def __init__(
-        self, folder: Path, steps: tuple[int, int] | None, report: Callable[[str], None]
-    ):
+    def __init__(self, folder: Path, steps: tuple[int, int] | None, report: Callable[[str], None]):
         self._folder, self._running, self._report = folder, False, report
         self._steps = range(*(steps or (0, 0)))
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping
@@ -24,24 +25,15 @@ from run_files import machine
 from settings import hyperparameters, loading
 from settings.errors import RejectedError, SaveError
 from settings.hyperparameters import Config
+from settings.plan import Dataset
 
 _FILES = ('lock', 'config.json', 'environment.json', 'mlperf.log', 'metrics.jsonl')
 _FOLDERS = ('tensorboard', 'checkpoints', 'profile')
 _ALONE = ('lock', 'config.part')  # What a start that was killed may leave of a new run.
 _REMEDY = 'put it back as it was, or start in a new work directory (--workdir)'
-_VERSIONS_OF = (
-    'jax',
-    'jaxlib',
-    'flax',
-    'optax',
-    'orbax-checkpoint',
-    'grain',
-    'numpy',
-    'mlperf-logging',
-    'simplejpeg',
-    'opencv-python-headless',
-    'tensorflow-datasets',
-)
+# Names the packages that training imports; of others, these decide results.
+_REQUIREMENTS = Path(__file__).resolve().parents[1] / 'requirements.in'
+_ALSO = ('jaxlib', 'numpy')
 
 
 class WorkDirectoryError(RejectedError):
@@ -65,7 +57,7 @@ def _read(path: Path, remedy: str) -> dict[str, Any]:
         raise WorkDirectoryError(f'{error}; {remedy}') from error
 
 
-def open_for(config: Config, dataset: Any, path: Path) -> int | None:
+def open_for(config: Config, dataset: Dataset, path: Path) -> int | None:
     """Claims `path` for a run of `config`, new or to be resumed; called by process 0.
 
     Nothing but the file `lock` is written, and that only where a run is or may begin.
@@ -165,7 +157,7 @@ def _earlier(path: Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*earlier, last]
 
 
-def _data(dataset: Any) -> dict[str, Any]:
+def _data(dataset: Dataset) -> dict[str, Any]:
     return {name: getattr(dataset, name) for name in ('name', 'num_train', 'num_eval', 'digest')}
 
 
@@ -179,7 +171,12 @@ def _commit() -> str:
         return os.environ.get('COMMIT', 'unknown')
 
 
-def record(config: Config, dataset: Any, path: Path) -> None:
+def _versions() -> dict[str, str]:
+    names = re.findall(r'^[\w-]+', _REQUIREMENTS.read_text(), re.MULTILINE)
+    return {name: importlib.metadata.version(name) for name in (*names, *_ALSO)}
+
+
+def record(config: Config, dataset: Dataset, path: Path) -> None:
     """Writes config.json and environment.json, which counts the starts and keeps earlier ones.
 
     Raises:
@@ -187,7 +184,7 @@ def record(config: Config, dataset: Any, path: Path) -> None:
     """
     devices = jax.devices()
     now = {
-        'versions': {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
+        'versions': _versions(),
         'python': platform.python_version(),
         'system': platform.platform(),
         'devices': len(devices),

@@ -4,6 +4,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 from settings.errors import ConfigError
 from settings.hyperparameters import Config
@@ -11,6 +12,25 @@ from settings.hyperparameters import Config
 # A step is at least a millisecond of work; more than this is a mistake, and would not fit int32
 # with its micro-steps.
 MOST_STEPS = 10**8
+
+
+class Dataset(Protocol):
+    """A prepared data set, by its metadata alone.
+
+    Attributes:
+      name: as in the configuration.
+      num_train, num_eval: examples in the two sets.
+      digest: of its content; None where it is not known.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def num_train(self) -> int: ...  # noqa: D102
+    @property
+    def num_eval(self) -> int: ...  # noqa: D102
+    @property
+    def digest(self) -> str | None: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     if wild:
         raise CheckpointError(
             f'init_from={path}: values of {len(wild)} arrays are not finite (NaN or infinity): '
-            f'{", ".join(wild[:3])}{", …" * (len(wild) > 3)}'
+            f'{", ".join(wild[:3])}{", …" if len(wild) > 3 else ""}'
         )
     return weights
 

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 import train_lib
 from settings.errors import CheckpointError, ConfigError
 from settings.hyperparameters import Config
+from settings.plan import Dataset
 from training import checkpointing, processes
 from training.device_feed import Clock, on_devices
-from training.workload import Dataset, Workload
+from training.workload import Workload
 
 
 def _nothing() -> bool:

@@ -28,7 +28,7 @@ from run_files.profiling import Trace
 from run_files.progress import Progress
 from settings.errors import FailedError, Outcome, SaveError
 from settings.hyperparameters import Config
-from settings.plan import Evaluation, Plan
+from settings.plan import Dataset, Evaluation, Plan
 from train_lib import Programs, Task, TrainState
 from training import evaluation, processes, start
 from training.checkpoint_saver import CheckpointSaver
@@ -36,7 +36,7 @@ from training.device_feed import Clock, on_devices
 from training.start import Start
 from training.stop_request import StopRequest
 from training.watchdog import Watchdog
-from training.workload import Dataset, Workload, plan_of
+from training.workload import Workload, plan_of
 
 
 class NonFiniteError(FailedError):

@@ -11,27 +11,8 @@ import optax
 
 from input_pipeline import Pipeline, Share
 from settings.hyperparameters import Config
-from settings.plan import Course, Plan, make_plan
+from settings.plan import Course, Dataset, Plan, make_plan
 from train_lib import Task
-
-
-class Dataset(Protocol):
-    """A prepared data set, by its metadata alone.
-
-    Attributes:
-      name: as in the configuration.
-      num_train, num_eval: examples in the two sets.
-      digest: of its content; None where it is not known.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def num_train(self) -> int: ...  # noqa: D102
-    @property
-    def num_eval(self) -> int: ...  # noqa: D102
-    @property
-    def digest(self) -> str | None: ...  # noqa: D102
 
 
 class Optimizer(NamedTuple):
