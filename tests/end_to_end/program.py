@@ -181,9 +181,9 @@ class Program:
 
 def assert_as_if_undisturbed(run: Program, undisturbed: Program) -> None:
     """The same weights bit for bit, the same evaluations, one valid log."""
-    assert is_same(run.checkpoint(), undisturbed.checkpoint())
-    assert run.accuracies() == undisturbed.accuracies()
-    assert run.evaluated() == undisturbed.evaluated()
+    assert is_same(run.checkpoint(), undisturbed.checkpoint()), 'other weights'
+    assert run.accuracies() == undisturbed.accuracies(), run.accuracies()
+    assert run.evaluated() == undisturbed.evaluated(), run.evaluated()
     for key in ('init_start', 'init_stop', 'run_start', 'run_stop'):
         assert len(run.events(key)) == 1, key
     valid, said = run.verdict()
