@@ -42,18 +42,17 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str
     """The program's own flags, and the configuration's as texts by name, not judged yet."""
     own, overrides = loading.split(arguments)
     try:
-        base = loading.load(command_line.configuration(own))
-        fields = hyperparameters.table(by_name.config_type(base))
+        fields = by_name.config_type(loading.load(command_line.configuration(own)))
     except errors.ConfigError:  # It is reported when the configuration is needed.
-        fields = hyperparameters.table(hyperparameters.Config)
-    return command_line.parse(own, __doc__, fields), overrides
+        fields = hyperparameters.Config
+    return command_line.parse(own, __doc__, hyperparameters.table(fields)), overrides
 
 
 def run(
     flags: argparse.Namespace,
-    config: hyperparameters.Config,
     base: Mapping[str, Any],
     overrides: Mapping[str, str],
+    config: hyperparameters.Config,
 ) -> int:
     """Sets up the processes and runs; the exit status."""
     backend.prepare(config.deterministic)
@@ -68,24 +67,27 @@ def run(
     if flags.mode == 'train':
         course = workload.course(config, dataset.num_train)
         command_line.check_profile(flags.profile, course.evaluations[-1].step)
-    with processes.joined(
-        flags.coordinator, flags.num_processes, flags.process_id, flags.start_timeout
-    ):
+    place = (flags.coordinator, flags.num_processes, flags.process_id, flags.start_timeout)
+    with processes.joined(*place):
+        say = print if processes.is_lead() else lambda text: None
         if flags.mode == 'eval':
-            result = evaluation.evaluate(workload, config, dataset)
-            if processes.is_lead():
-                print(json.dumps(result), flush=True)
+            say(json.dumps(evaluation.evaluate(workload, config, dataset)))
             return errors.REACHED
-        if processes.is_lead():
-            for warning in workload.warnings(base, overrides, config):
-                print(f'warning: {warning}', flush=True)
+        for warning in workload.warnings(base, overrides, config):
+            say(f'warning: {warning}')
         compilation_cache.keep(flags.workdir.resolve().parent / 'compilation_cache')
         outcome = train_loop.train_and_evaluate(
             workload, config, dataset, flags.workdir, flags.profile
         )
-        if processes.is_lead():
-            print(f'{flags.workdir}: {outcome.value}', flush=True)
+        say(f'{flags.workdir}: {outcome.value}')
         return outcome.status
+
+
+def complain(text: str, status: int) -> int:
+    """Prints an error for people."""
+    sys.stdout.flush()
+    print(f'error: {text}', file=sys.stderr, flush=True)
+    return status
 
 
 def main(arguments: list[str]) -> int:
@@ -99,22 +101,15 @@ def main(arguments: list[str]) -> int:
     try:
         base = loading.load(flags.config)
         config = by_name.configure(base, overrides)
-        if flags.mode == 'check':
-            return errors.REACHED
-        return run(flags, config, base, overrides)
+        return errors.REACHED if flags.mode == 'check' else run(flags, base, overrides, config)
     except (errors.RejectedError, errors.FailedError) as error:
-        print(f'error: {error}', file=sys.stderr, flush=True)
-        return error.status
+        return complain(str(error), error.status)
     except Exception:
         traceback.print_exc()
-        remedy = '; the same command resumes from the last checkpoint' if flags.workdir else ''
-        print(
-            'error: failed as shown above (of several processes, the first to fail says why)'
-            f'{remedy}',
-            file=sys.stderr,
-            flush=True,
-        )
-        return errors.FAILED
+        text = 'failed as shown above (of several processes, the first to fail says why)'
+        if flags.mode == 'train':
+            text += '; the same command resumes from the last checkpoint'
+        return complain(text, errors.FAILED)
 
 
 if __name__ == '__main__':

@@ -257,8 +257,8 @@ class Programs(NamedTuple):
     """
 
     mesh: Mesh
-    train: Callable
-    evaluate: Callable
+    train: jax.stages.Compiled
+    evaluate: jax.stages.Compiled
 
 
 def make_mesh() -> Mesh:

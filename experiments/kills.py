@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills a run again and again, and compares how it ends with one that was left alone.
 
-    python experiments/kills.py [--kills=20] [--seed=5] [--topologies] [--data_dir=DIR] [--out=DIR]
+    kills.py [--kills=20] [--seed=5] [--topologies] [--data_dir=DIR] [--out=DIR]
 
 Trains the digits to their target twice: undisturbed, and killed by SIGKILL in steps, saves, starts
 and evaluations in turn, at random moments of them, so often or until it has ended. Prints a row for

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the same run on many topologies, and compares what each has learnt.
 
-    python experiments/topologies.py [--devices_up_to=8] [--data_dir=DIR] [--out=DIR]
+    topologies.py [--devices_up_to=8] [--data_dir=DIR] [--out=DIR]
 
 Trains three epochs of the digits at a gentle rate, as processes of their own, with the batch of 128
 split in every way over processes, devices and micro-steps; and once moved from eight devices to

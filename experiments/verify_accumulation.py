@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows that gradient accumulation emulates a large batch: docs/accumulation.md is made by this.
 
-    python experiments/verify_accumulation.py --data_dir=DIR [--seeds=3] [--out=docs]
+    verify_accumulation.py --data_dir=DIR [--seeds=3] [--out=docs]
 
 Trains the digits with B = 128 and bn_span S = 8, split in every way D·M·k over devices and
 accumulation steps: k = 1, 2, 4, 8, 16 on one device, and 2, 4, 8 (host) devices. And, for contrast,
@@ -31,11 +31,14 @@ import train_lib
 from configs import digits
 from input_pipeline import Pipeline
 from settings import backend, hyperparameters
-from settings.plan import Plan, make_plan
-from training import processes
+from settings.plan import Plan
+from training import evaluation, processes
+from training.train_loop import Model
+from training.workload import plan_of
 from workloads.resnet import images, optimizers
+from workloads.resnet.fields import ResNetConfig
 from workloads.resnet.records import find_dataset
-from workloads.resnet.task import ImageClassification
+from workloads.resnet.workload import WORKLOAD
 
 backend.set_xla_flags('--xla_force_host_platform_device_count=8')
 
@@ -54,8 +57,8 @@ class Way:
 
     def name(self) -> str:
         """For tables and curves."""
-        k = 128 // (self.devices * self.per_device_batch)
-        return f'D={self.devices} M={self.per_device_batch} k={k}'
+        steps = digits.get_config().global_batch_size // (self.devices * self.per_device_batch)
+        return f'D={self.devices} M={self.per_device_batch} k={steps}'
 
 
 ONE_DEVICE = [Way(1, m) for m in (128, 64, 32, 16, 8)]
@@ -63,21 +66,22 @@ WAYS = [*ONE_DEVICE, Way(2, 64), Way(4, 32), Way(8, 16)]
 USUAL = [Way(1, m, usual=True) for m in (128, 32, 8)]
 
 
-def usual_optimizer(config: Mapping[str, Any], plan: Plan) -> optax.MultiSteps:
-    """As `optimizers.create`, but the running statistics move at every micro-step."""
-    schedule = optimizers.learning_rate_schedule(config, plan)
-    momentum, decay = config.momentum, config.weight_decay
+def usual_optimizer(config: ResNetConfig, plan: Plan) -> optax.MultiSteps:
+    """As a run's, but the running statistics move at every micro-step."""
+    schedule = optimizers.learning_rate_schedule(config, plan.num_train)
     if config.optimizer == 'lars':
-        weights = optimizers.lars(schedule, momentum, decay, config.lars_epsilon)
+        weights = optimizers.lars(
+            schedule, config.momentum, config.weight_decay, config.lars_epsilon
+        )
     else:
-        weights = optimizers.sgd(schedule, momentum, decay)
-    accumulated = optax.MultiSteps(weights, plan.accumulation_steps).gradient_transformation()
-    statistics = optax.sgd(1 - optimizers.BATCH_NORM_MOMENTUM)
+        weights = optimizers.sgd(schedule, config.momentum, config.weight_decay)
+    weights = train_lib.accumulated(weights, plan.accumulation_steps).gradient_transformation()
+    statistics = optimizers.moving_average(optimizers.BATCH_NORM_MOMENTUM)
     both = optax.partition(
-        {'weights': accumulated, 'statistics': statistics},
+        {'weights': weights, 'statistics': statistics},
         {'params': 'weights', 'batch_stats': 'statistics'},
     )
-    return optax.MultiSteps(both, 1)
+    return train_lib.accumulated(both, 1)
 
 
 class Experiment:
@@ -85,44 +89,42 @@ class Experiment:
 
     def __init__(self, way: Way, data_dir: str, overrides: Mapping[str, str]):
         own = {'bn_span': str(way.per_device_batch if way.usual else SPAN)}
-        own |= {'per_device_batch': str(way.per_device_batch), 'data_dir': data_dir, 'seed': '0'}
-        self.config = hyperparameters.resolve(digits.get_config(), dict(overrides) | own)
+        own |= {'per_device_batch': str(way.per_device_batch), 'data_dir': data_dir}
+        base = digits.get_config()
+        self.config = hyperparameters.resolve(ResNetConfig, base, dict(overrides) | own)
         self.dataset = find_dataset('digits', data_dir)
-        self.plan = make_plan(
-            self.config,
-            num_train=self.dataset.num_train,
-            num_eval=self.dataset.num_eval,
-            num_devices=way.devices,
-        )
-        mesh = Mesh(np.array(jax.devices()[: way.devices]), (train_lib.AXIS,))
-        self.task = ImageClassification(self.config, self.dataset.num_classes)
-        create = usual_optimizer if way.usual else optimizers.create
-        self.optimizer = create(self.config, self.plan)
+        self.plan = plan_of(WORKLOAD, self.config, self.dataset, way.devices)
+        self.model = Model.of(WORKLOAD, self.config, self.plan, self.dataset)
+        if way.usual:
+            optimizer = usual_optimizer(self.config, self.plan)
+            self.model = dataclasses.replace(self.model, optimizer=optimizer)
+        self.mesh = Mesh(np.array(jax.devices()[: way.devices]), (train_lib.AXIS,))
         self.programs = train_lib.compile_steps(
-            self.task, self.optimizer, self.plan.micro_batch, mesh
+            self.model.task,
+            self.model.optimizer,
+            self.model.schedule,
+            self.plan.micro_batch,
+            self.mesh,
         )
-        self.share = processes.share_of(mesh, self.plan.micro_batch)
-        self.flags = self.programs.to_devices(np.zeros(way.devices, np.int32))
+        self.share = processes.share_of(self.mesh, self.plan.micro_batch)
 
     def _pipeline(self, seed: int) -> Pipeline:
         return images.pipeline(self.dataset, self.config, seed, self.share)
 
     def evaluate(self, state: train_lib.TrainState) -> float:
         """Top-1 accuracy on the evaluation set."""
-        totals = {'correct': 0, 'examples': 0, 'loss': 0}
-        for batch in self._pipeline(0).evaluation():
-            batch = self.programs.to_devices(batch)
-            sums, _ = self.programs.evaluate(state.variables, batch, self.flags)
-            totals = {name: totals[name] + sums[name].item() for name in totals}
-        return self.task.quality(totals)['eval_top1']
+        batches = self._pipeline(0).evaluation()
+        sums = evaluation.total(self.programs.evaluate, state.variables, batches, self.mesh)
+        assert sums is not None
+        return self.model.task.quality(sums)[self.plan.target.metric]
 
     def steps(self, seed: int, last: int) -> Iterator[tuple[train_lib.TrainState, float]]:
         """The state and the loss after every optimizer step."""
-        k = self.plan.accumulation_steps
-        first = train_lib.initial_state(seed, self.task, self.optimizer)
-        state, losses = self.programs.to_all(first), []
+        k, model = self.plan.accumulation_steps, self.model
+        first = train_lib.initial_state(seed, model.task, model.optimizer)
+        state, losses = train_lib.replicate(self.mesh, first), []
         for i, batch in enumerate(self._pipeline(seed).train(0, last * k)):
-            state, metrics = self.programs.train(state, self.programs.to_devices(batch), self.flags)
+            state, metrics = self.programs.train(state, train_lib.split(self.mesh, batch))
             losses.append(metrics['loss'].item())
             if (i + 1) % k == 0:
                 yield state, float(np.mean(losses))
@@ -134,7 +136,7 @@ class Experiment:
 
     def to_target(self, seed: int) -> dict[str, Any]:
         """Losses by step and accuracies by epoch, until the target or the last epoch."""
-        ends = {e.step: e.epoch for e in self.plan.evaluations}
+        ends = {e.step: e.count for e in self.plan.evaluations}
         losses, accuracies = [], []
         for step, (state, loss) in enumerate(self.steps(seed, self.plan.total_steps), start=1):
             losses.append(round(loss, 5))

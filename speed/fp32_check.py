@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import resnet as models
-from models.resnet import network as resnet
+from models.resnet import network
 from settings import backend
 
 backend.set_xla_flags()
@@ -35,7 +34,7 @@ CLASSES = 10
 
 def initial_variables(size: int):
     """Random fp32 weights on the host, the residual branches scaled down."""
-    model = models.create('resnet50', num_classes=CLASSES, bn_span=1)
+    model = network.create('resnet50', num_classes=CLASSES, bn_span=1)
     images = jnp.zeros((1, size, size, 3), jnp.float32)
     variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
     return jax.tree_util.tree_map_with_path(
@@ -46,7 +45,7 @@ def initial_variables(size: int):
 
 def outputs_and_gradients(dtype, variables, images, weights, device):
     """Logits, and the gradient of sum(logits · weights) by every parameter, in `dtype`."""
-    model = models.create('resnet50', num_classes=CLASSES, bn_span=1, dtype=dtype)
+    model = network.create('resnet50', num_classes=CLASSES, bn_span=1, dtype=dtype)
     variables, images, weights = jax.tree.map(
         lambda x: jax.device_put(np.asarray(x, dtype), device), (variables, images, weights)
     )
@@ -78,7 +77,7 @@ def main() -> int:
     parser.add_argument('--precision', choices=['highest', 'default'], default='highest')
     flags = parser.parse_args()
     jax.config.update('jax_enable_x64', True)
-    resnet.PRECISION = jax.lax.Precision[flags.precision.upper()]
+    network.PRECISION = jax.lax.Precision[flags.precision.upper()]
 
     size = flags.image_size
     rng = np.random.default_rng(0)

@@ -66,7 +66,8 @@ def size(shape: str) -> int:
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """The computations of a program by name, each its instructions by name; the entry's name."""
-    computations, entry, current = {}, '', {}
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = '', {}
     for line in text.splitlines():
         if found := COMPUTATION.match(line):
             current = computations[found[2]] = {}
@@ -124,25 +125,18 @@ def compile_step(device: str, dtype: str, batch: int):
     from jax.experimental import topologies
 
     import train_lib
-    from configs import imagenet
-    from settings import hyperparameters
-    from settings.plan import make_plan
-    from workloads.resnet import optimizers
-    from workloads.resnet.task import ImageClassification
+    from speed import cases
 
     jax.config.update('jax_platforms', 'cpu')
-    changes = {'dtype': dtype, 'global_batch_size': batch, 'per_device_batch': batch, 'seed': 1}
-    changes = {name: str(value) for name, value in changes.items()}
-    config = hyperparameters.resolve(imagenet.get_config(), changes)
-    plan = make_plan(config, num_train=1_281_167, num_eval=50_000, num_devices=1)
-    topology = topologies.get_topology_desc(platform='cuda', target_config=device, topology='1x1x1')
-    train, _ = train_lib.lower_steps(
-        ImageClassification(config, 1000),
-        optimizers.create(config, plan),
-        plan.micro_batch,
-        jax.sharding.Mesh(np.array(topology.devices), (train_lib.AXIS,)),
+    case = cases.prepare(
+        'configs/imagenet.py', 1, dtype=dtype, global_batch_size=batch, per_device_batch=batch
     )
-    return train.compile()
+    topology = topologies.get_topology_desc(platform='cuda', target_config=device, topology='1x1x1')
+    mesh = jax.sharding.Mesh(np.array(topology.devices), (train_lib.AXIS,))
+    model = case.model
+    return train_lib.lower_train(
+        model.task, model.optimizer, model.schedule, case.plan.micro_batch, mesh
+    ).compile()
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ fi
 PEER_PYTHON="${PEER_PYTHON:-$PYTHON}"
 peer=()
 if "$PEER_PYTHON" -c 'import pytest, torch, torchvision' 2> /dev/null; then
-    peer=(--peer=pytorch --peer_python="$PEER_PYTHON")
+    peer=(--peer_python="$PEER_PYTHON")
 else
     echo "no comparison: $PEER_PYTHON lacks pytest, torch or torchvision"
 fi
@@ -50,11 +50,11 @@ part() { # part NAME COMMAND...: runs it within the limit, into the log
     PYTHONUNBUFFERED=1 timeout "${LIMIT_SECONDS:-600}" "${@:2}" 2>> "$OUT/log.txt" | tee -a "$OUT/table.md" ||
         failed+=("$1")
 }
-refuse() { # refuse COMMAND...: succeeds when it fails with status 1
+fails() { # fails COMMAND...: succeeds when it fails with status 1
     "$@"
     [[ $? == 1 ]]
 }
-export -f refuse
+export -f fails
 
 step=("$PYTHON" speed/train_step.py --cache="$cache" --json="$OUT/results.jsonl")
 read -ra small <<< "${SMALL:-}"
@@ -64,7 +64,7 @@ for name in "${@:-all}"; do
     if wants fp32; then
         part fp32 "$PYTHON" speed/fp32_check.py --image_size 128
         # The check must be able to fail.
-        part fp32-removed bash -c 'refuse "$@"' - "$PYTHON" speed/fp32_check.py --image_size 128 --precision default
+        part fp32-removed bash -c 'fails "$@"' - "$PYTHON" speed/fp32_check.py --image_size 128 --precision default
     fi
     if wants digits; then
         for dtype in float32 bfloat16 float16; do
@@ -85,7 +85,7 @@ for name in "${@:-all}"; do
         part grid-deterministic "${step[@]}" --dtypes=float32,bfloat16 --batches=256 --rounds=3 --deterministic "${small[@]}"
     fi
     if wants first; then
-        part first "$PYTHON" speed/train_step.py --first_step=configs/digits.py
+        part first "$PYTHON" speed/first_step.py configs/digits.py
     fi
     if wants profile; then
         part profile "${step[@]}" --dtypes=bfloat16 --batches=256 --rounds=1 --trace="$OUT/scratch/profile" "${small[@]}"

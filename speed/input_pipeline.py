@@ -21,7 +21,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from data_preparation import dataset
-from speed.machine import machine
+from speed.contestants import machine
 
 LABELS = {
     'raw': '(a) raw decode + crop + resize, all cores, no framework',
@@ -44,13 +44,15 @@ class Worker:
             cwd=Path(__file__).parents[1],
             env=os.environ | {'JAX_PLATFORMS': 'cpu'},
         )
-        if self.process.stdout.readline() != 'ready\n':
+        assert self.process.stdout
+        self.answers = self.process.stdout
+        if self.answers.readline() != 'ready\n':
             raise SystemExit(f'error: {name} did not start with {python}')
 
     def run(self, batches: int) -> tuple[float, float]:
         """Makes batches; wall and CPU seconds."""
         print(batches, file=self.process.stdin, flush=True)
-        wall, cpu = map(float, self.process.stdout.readline().split())
+        wall, cpu = map(float, self.answers.readline().split())
         return wall, cpu
 
 

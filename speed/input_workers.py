@@ -123,7 +123,7 @@ def torch(folder: Path, size: int, batch: int) -> Iterator[object]:
 
     class Jpegs(torch.utils.data.IterableDataset):
         def __iter__(self):
-            rng = np.random.default_rng(torch.utils.data.get_worker_info().id)
+            rng = np.random.default_rng(getattr(torch.utils.data.get_worker_info(), 'id', 0))
             for path in itertools.cycle(paths):
                 image = Image.open(path).convert('RGB')
                 y, x, height, width = sample_crop(image.height, image.width, rng)

@@ -154,7 +154,8 @@ def _quietly(call: Callable[[list[str]], int | None], arguments: list[str]) -> N
         try:
             status = call(arguments)
         except SystemExit as end:
-            status = end.code
+            status = 0 if end.code is None else 2
+            status = end.code if isinstance(end.code, int) else status
         except ValueError as error:
             raise Rejected(str(error)) from error
     if status:
@@ -234,13 +235,13 @@ def _judge_shell(name: str, arguments: list[str]) -> None:
             shutil.copy(ROOT / 'scripts' / file, scripts)
         python = root / 'venv' / 'bin' / 'python'
         python.parent.mkdir(parents=True)
-        for file, body in (
+        for stub, body in (
             (scripts / 'setup_env.sh', 'exit 0'),
             # Status 9, so that the script ends here.
             (python, f'for word in "$@"; do printf "%s\\0" "$word"; done > "{asked}"; exit 9'),
         ):
-            file.write_text(f'#!/bin/sh\n{body}\n')
-            file.chmod(0o755)
+            stub.write_text(f'#!/bin/sh\n{body}\n')
+            stub.chmod(0o755)
         done = subprocess.run(
             ['bash', scripts / name, *arguments],
             cwd=ROOT,

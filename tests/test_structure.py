@@ -8,18 +8,8 @@ import pytest
 
 from tests import structure
 
-# The rules that the code does not keep yet.
-BROKEN = (structure.wrong_imports,)
 
-
-@pytest.mark.parametrize(
-    'rule',
-    [
-        pytest.param(rule, marks=pytest.mark.xfail(strict=True) if rule in BROKEN else ())
-        for rule in structure.RULES
-    ],
-    ids=lambda rule: rule.__name__,
-)
+@pytest.mark.parametrize('rule', structure.RULES, ids=lambda rule: rule.__name__)
 def test_the_repository_keeps_the_rule(rule):
     sources = structure.read_sources()
     assert len(sources) > 60

@@ -15,7 +15,7 @@ from tests.end_to_end import moments
 from tests.end_to_end.conftest import THREE_EPOCHS
 from tests.end_to_end.program import assert_as_if_undisturbed, share_programs
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 TRAINING = 'step 10/'  # It has trained so far when it has said this.
 
 
@@ -44,6 +44,7 @@ def size(path):
     return path.stat().st_size if path.is_file() else 0
 
 
+@pytest.mark.alone
 def test_a_signal_to_one_process_stops_all_at_the_same_step(program):
     run = program(**THREE_EPOCHS).start(cpus=2)
     run.until_said(TRAINING)
@@ -68,6 +69,7 @@ def test_a_killed_process_ends_the_others_and_the_same_command_resumes(program, 
     assert run.accuracies() == undisturbed.accuracies()
 
 
+@pytest.mark.alone
 def test_a_run_that_hangs_says_where_ends_and_resumes(program, undisturbed):
     """One process is alive and does nothing, and the others wait for it."""
     run = program(**THREE_EPOCHS, stall_seconds=8).start(cpus=2)
@@ -181,6 +183,7 @@ def test_a_run_whose_files_are_deleted_does_not_end_well(program, name):
     assert not run.events('run_stop')
 
 
+@pytest.mark.alone
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(program, undisturbed):
     """In steps, saves, starts and evaluations, at random moments; experiments/kills.py has more."""
     rng, run = random.Random(5), program(**THREE_EPOCHS)

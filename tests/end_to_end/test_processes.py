@@ -33,18 +33,10 @@ def assert_agree(ours, theirs):
         assert norm(jax.tree.map(np.subtract, a, b)) <= TOLERANCE * norm(a), name
 
 
-@pytest.mark.parametrize(
-    ('name', 'how', 'per_device_batch'),
-    [
-        ('four devices', {'devices': 4}, 32),
-        ('two processes', {'cpus': 2}, 32),
-        ('four processes', {'cpus': 4}, 16),
-        ('one device, eight micro-steps', {}, 16),
-    ],
-)
-def test_thirty_steps_agree(program, undisturbed, name, how, per_device_batch):
-    run = program(name.replace(' ', '-'), **THREE_EPOCHS, per_device_batch=per_device_batch)
-    assert run.run(**how) == 1, run.said()
+def test_thirty_steps_of_two_processes_are_those_of_one(program, undisturbed):
+    """More ways to split a batch: experiments/topologies.py, tests/test_train_lib.py."""
+    run = program(**THREE_EPOCHS, per_device_batch=32)
+    assert run.run(cpus=2) == 1, run.said()
     assert_agree(undisturbed.checkpoint(30), run.checkpoint(30))
     assert run.accuracies() == undisturbed.accuracies()
     assert len(run.events('run_stop')) == 1

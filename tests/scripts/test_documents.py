@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the documents say is so: links lead somewhere, commands name what exists and work."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 
 from tests import documented_commands
 from tests.documented_commands import Rejected
+from tests.end_to_end.program import environment, share_programs
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), *ROOT.glob('tests/**/*.md')])
@@ -23,7 +23,9 @@ PROGRAMS = sorted(
         *ROOT.glob('experiments/*.*'),
     ]
 )
-PROGRAMS = [path for path in PROGRAMS if path.name not in ('lib.sh', '__init__.py')]
+# The last starts what it is given: its arguments are a process and its command.
+NO_PROGRAMS = ('lib.sh', '__init__.py', 'end_with_parent.py')
+PROGRAMS = [path for path in PROGRAMS if path.name not in NO_PROGRAMS]
 
 
 def blocks(document):
@@ -110,8 +112,8 @@ def test_commands_marked_in_the_requirements_work():
 @pytest.mark.slow
 def test_the_readmes_commands_work(tmp_path):
     """The commands of its blocks, to the letter, but for where they write."""
-    environment = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
-    environment |= {'VENV': sys.prefix, 'LOCK': 'cpu'}
+    variables = environment(VENV=sys.prefix, LOCK='cpu')
+    share_programs(tmp_path)
     ran = 0
     for block in blocks(ROOT / 'README.md'):
         for line in block.splitlines():
@@ -121,7 +123,7 @@ def test_the_readmes_commands_work(tmp_path):
             if 'run_and_time.sh' in command:
                 command += f' --workdir={tmp_path / str(ran)}'
             done = subprocess.run(
-                command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True,
+                command, shell=True, cwd=ROOT, env=variables, capture_output=True, text=True,
                 check=False,
             )  # fmt: skip
             assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'

@@ -224,7 +224,9 @@ TINY = ('--config=configs/digits.py', '--model=resnet_digits', '--image_size=8',
 @pytest.mark.slow
 def test_train_step_benchmark_runs(tmp_path, digits_dir):
     results = tmp_path / 'results.jsonl'
-    peer = ('--peer=pytorch', '--peer_compile=none') if importlib.util.find_spec('torch') else ()
+    peer = ()
+    if importlib.util.find_spec('torch'):
+        peer = (f'--peer_python={sys.executable}', '--peer_compile=none')
     done = run(
         'speed/train_step.py',
         *TINY,

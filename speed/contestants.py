@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contestants: programs that measure in turns, each in a process of its own.
+
+A contestant prints facts about itself as a line of JSON when it is ready. Then it answers every
+line of its input, `COMMAND NUMBER`, with a line of JSON, and is idle in between.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from run_files.machine import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Contestant:
+    """A contestant's process, as the program that asks it sees it.
+
+    Args:
+      module: it is started as `python -m MODULE ARGUMENTS`, in the root of the repository.
+      python: the interpreter.
+      environment: variables beside those of this process.
+
+    Attributes:
+      facts: what it has said of itself.
+
+    Raises:
+      RuntimeError: the process has ended; so does `ask`.
+    """
+
+    def __init__(self, module: str, *arguments: str, python: str, environment: Mapping[str, str]):
+        command = [python, '-m', module, *arguments]
+        self._module = module
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | environment,
+        )
+        self.facts = self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f'{self._module} ended with status {self._process.wait()}')
+        return json.loads(line)
+
+    def ask(self, command: str, number: int = 0) -> Any:
+        """Runs a command; its answer."""
+        print(command, number, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+class Commands(Protocol):
+    """What a contestant's process serves.
+
+    Attributes:
+      facts: JSON.
+      commands: functions of a number that return JSON, by name.
+    """
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...  # noqa: D102
+    @property
+    def commands(self) -> Mapping[str, Callable[[int], Any]]: ...  # noqa: D102
+
+
+def serve(create: Callable[[], Commands]) -> None:
+    """Answers what this process is asked, until its input ends.
+
+    Args:
+      create: makes the contestant and warms it up; facts['ready'] is the seconds that this took.
+    """
+    answers, before = sys.stdout, time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):  # What libraries print is no answer.
+        contestant = create()
+        ready = {'ready': time.perf_counter() - before}
+        print(json.dumps({**ready, **contestant.facts}), file=answers, flush=True)
+        for line in sys.stdin:
+            command, number = line.split()
+            answer = contestant.commands[command](int(number))
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def machine() -> str:
+    """What is measured on: processor and GPUs, usable cores, their load, and the date."""
+    here = describe()
+    parts = [here['processor'], f'{here["usable_cores"]} cores', *here['gpus']]
+    return ', '.join([*parts, f'load {os.getloadavg()[0]:.1f}', time.strftime('%Y-%m-%d')])

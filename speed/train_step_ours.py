@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This repository as a contestant of speed/train_step.py: what `main.py` runs, on all devices.
+
+python -m speed.train_step_ours '{"model": …}'
+
+steps N     seconds for N optimizer steps on a batch that lies on the devices
+loop N      the same in the training loop, with its log, metrics and checkpoints
+input N     the same, fed by the input pipeline (with a data set)
+trace N     the same as steps, traced
+ceilings N  TFLOP/s of a matrix product N × N, and GB/s of a copy of 4·N² bytes
+memory 0    the most bytes that a device had in use so far; 0 where it does not count
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import train_lib
+from input_pipeline import Pipeline
+from run_files.mlperf_log import EventLog
+from settings import backend
+from speed import cases, contestants
+from training import start
+from training.train_loop import Run, set_up
+from workloads.resnet.workload import WORKLOAD
+
+
+class OnDevices(Pipeline):
+    """One batch to train on, again and again, which lies on the devices already."""
+
+    def __init__(self, batch: dict[str, jax.Array]):
+        self._batch = batch
+
+    def train(self, first: int, stop: int) -> Iterator[Any]:
+        """The batch of every micro-step."""
+        return itertools.repeat(self._batch, stop - first)
+
+
+def seconds(program: Callable[[Any], jax.Array], argument: jax.Array, repeats: int = 10) -> float:
+    """Of one of several calls."""
+    program(argument).block_until_ready()
+    before = time.perf_counter()
+    for _ in range(repeats):
+        result = program(argument)
+    result.block_until_ready()
+    return (time.perf_counter() - before) / repeats
+
+
+class Ours:
+    """A run, and what it can be asked.
+
+    Args:
+      case: the flags of speed/train_step.py, with one dtype, batch and accumulation.
+      workdir: where the run writes.
+    """
+
+    def __init__(self, case: dict[str, Any], workdir: Path):
+        backend.prepare(case['deterministic'])
+        jax.config.update('jax_compilation_cache_dir', case['cache'])
+        devices = jax.device_count()
+        prepared = cases.prepare(
+            case['config'],
+            devices,
+            classes=case['classes'],
+            data_dir=case['data_dir'],
+            bn_span=min(case['batch'], case['span']),
+            per_device_batch=case['batch'],
+            global_batch_size=devices * case['batch'] * case['accumulation'],
+            checkpoint_every_steps=case['checkpoint_every'],
+            log_every_steps=case['log_every'],
+            **{name: case[name] for name in ('model', 'image_size', 'dtype', 'deterministic')},
+        )
+        run = set_up(WORKLOAD, *prepared, workdir, EventLog(None), start.NOTHING)
+        self._trace, self._parts, self._state = case['trace'], run.parts, run.state
+        self._batch = self._random_batch(prepared.dataset.num_classes)
+        on_devices = dataclasses.replace(run.parts, pipeline=OnDevices(self._batch))
+        loop, fed = Run(on_devices, run.state), run
+        self.commands = {
+            'steps': self.steps,
+            'loop': lambda count: self.loop(loop, count),
+            'input': lambda count: self.loop(fed, count),
+            'trace': self.trace,
+            'ceilings': self.ceilings,
+            'memory': self.memory,
+        }
+        self.steps(1)
+        self.facts = self._facts()
+
+    def _random_batch(self, num_classes: int) -> dict[str, jax.Array]:
+        rng, plan = np.random.default_rng(0), self._parts.plan
+        shapes = self._parts.model.task.abstract_batch(plan.micro_batch)
+        batch = {
+            'image': rng.integers(0, 256, shapes['image'].shape, np.uint8),
+            'label': rng.integers(0, num_classes, shapes['label'].shape, np.int32),
+        }
+        return train_lib.split(self._parts.programs.mesh, batch)
+
+    def _facts(self) -> dict[str, Any]:
+        """What XLA says about the compiled micro-step, and the device."""
+        plan, model, programs = self._parts.plan, self._parts.model, self._parts.programs
+        memory = programs.train.memory_analysis()
+        # Of the program before it is compiled: libraries' calls hide their operations afterwards.
+        costs = train_lib.lower_train(
+            model.task, model.optimizer, model.schedule, plan.micro_batch, programs.mesh
+        ).cost_analysis()
+        accessed = programs.train.cost_analysis()
+        assert costs and accessed and memory
+        return {
+            'version': f'JAX {jax.__version__}',
+            'device': jax.devices()[0].device_kind,
+            'devices': plan.num_devices,
+            'flops': costs['flops'] / plan.num_devices,
+            'bytes': accessed['bytes accessed'],
+            'program_bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        }
+
+    def steps(self, count: int) -> float:
+        """Seconds for `count` optimizer steps: nothing but the compiled program."""
+        train, state = self._parts.programs.train, self._state
+        jax.block_until_ready(state)
+        before = time.perf_counter()
+        for _ in range(count * self._parts.plan.accumulation_steps):
+            state, _ = train(state, self._batch)
+        self._state = jax.block_until_ready(state)
+        return time.perf_counter() - before
+
+    def loop(self, run: Run, count: int) -> float:
+        """Seconds for `count` optimizer steps of the training loop."""
+        # There is one state. A run counts its own steps alone, and saves as often as it should.
+        run.state = jax.block_until_ready(self._state)
+        before = time.perf_counter()
+        run.train_block(run.step + count)
+        self._state = jax.block_until_ready(run.state)
+        after = time.perf_counter()
+        if run.parts.saver:
+            run.parts.saver.wait()  # Whoever is next has the machine for itself.
+        return after - before
+
+    def trace(self, count: int) -> float:
+        """Writes a trace of `count` optimizer steps into the case's folder."""
+        with jax.profiler.trace(self._trace):
+            return self.steps(count)
+
+    def ceilings(self, size: int) -> dict[str, float]:
+        """What the device can do: a matrix product in the case's dtype, and a copy."""
+        x = jax.random.normal(jax.random.key(0), (size, size), self._parts.config.dtype)
+        words = jnp.zeros((size, size), jnp.float32)
+        product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
+        copy = jax.jit(lambda a: a + 1)
+        return {
+            'tflops': 2 * size**3 / seconds(product, x) / 1e12,
+            'gbytes': 2 * words.nbytes / seconds(copy, words) / 1e9,
+        }
+
+    def memory(self, _: int) -> int:
+        """The most bytes that the first device had in use so far; 0 where it does not count."""
+        return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0)
+
+
+if __name__ == '__main__':
+    with tempfile.TemporaryDirectory() as folder:
+        contestants.serve(lambda: Ours(json.loads(sys.argv[1]), Path(folder)))
