@@ -15,12 +15,9 @@ accumulation.md, between the comments that name them.
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-os.environ['JAX_PLATFORMS'] = 'cpu'
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,37 +25,29 @@ import optax
 from jax.sharding import Mesh
 
 import train_lib
-from configs import digits
 from input_pipeline import Pipeline
-from settings import backend, hyperparameters
+from settings import backend
 from settings.plan import Plan
+from tests import harness
 from training import evaluation, processes
 from training.train_loop import Model
 from training.workload import plan_of
-from workloads.resnet import images, optimizers
+from workloads.resnet import optimizers
 from workloads.resnet.fields import ResNetConfig
 from workloads.resnet.records import find_dataset
 from workloads.resnet.workload import WORKLOAD
 
-backend.set_xla_flags('--xla_force_host_platform_device_count=8')
-
 SPAN, GENTLE_STEPS = 8, 30
 # Small steps: at the recipe's rate training amplifies any difference of rounding.
-GENTLE = {'optimizer': 'sgd', 'learning_rate': '0.002', 'decay_steps': '1000'}
+GENTLE = {'optimizer': 'sgd', 'learning_rate': 0.002, 'decay_steps': 1000}
 
 
-@dataclasses.dataclass(frozen=True)
-class Way:
+class Way(NamedTuple):
     """A way to split the global batch: D devices, M examples each, k = B / (D·M)."""
 
     devices: int
     per_device_batch: int
     usual: bool = False
-
-    def name(self) -> str:
-        """For tables and curves."""
-        steps = digits.get_config().global_batch_size // (self.devices * self.per_device_batch)
-        return f'D={self.devices} M={self.per_device_batch} k={steps}'
 
 
 ONE_DEVICE = [Way(1, m) for m in (128, 64, 32, 16, 8)]
@@ -69,108 +58,93 @@ USUAL = [Way(1, m, usual=True) for m in (128, 32, 8)]
 def usual_optimizer(config: ResNetConfig, plan: Plan) -> optax.MultiSteps:
     """As a run's, but the running statistics move at every micro-step."""
     schedule = optimizers.learning_rate_schedule(config, plan.num_train)
-    if config.optimizer == 'lars':
-        weights = optimizers.lars(
-            schedule, config.momentum, config.weight_decay, config.lars_epsilon
-        )
-    else:
-        weights = optimizers.sgd(schedule, config.momentum, config.weight_decay)
-    weights = train_lib.accumulated(weights, plan.accumulation_steps).gradient_transformation()
-    statistics = optimizers.moving_average(optimizers.BATCH_NORM_MOMENTUM)
-    both = optax.partition(
-        {'weights': weights, 'statistics': statistics},
-        {'params': 'weights', 'batch_stats': 'statistics'},
-    )
-    return train_lib.accumulated(both, 1)
+    weights = train_lib.accumulated(
+        optimizers.of_weights(config, schedule), plan.accumulation_steps
+    ).gradient_transformation()
+    return train_lib.accumulated(optimizers.with_statistics(weights), 1)
 
 
 class Experiment:
     """One way, compiled once, run from several seeds."""
 
-    def __init__(self, way: Way, data_dir: str, overrides: Mapping[str, str]):
-        own = {'bn_span': str(way.per_device_batch if way.usual else SPAN)}
-        own |= {'per_device_batch': str(way.per_device_batch), 'data_dir': data_dir}
-        base = digits.get_config()
-        self.config = hyperparameters.resolve(ResNetConfig, base, dict(overrides) | own)
-        self.dataset = find_dataset('digits', data_dir)
+    def __init__(self, way: Way, data_dir: str, **overrides: Any):
+        batch = way.per_device_batch
+        span = batch if way.usual else SPAN
+        self.config = harness.resolve(
+            'digits', data_dir, bn_span=span, per_device_batch=batch, **overrides
+        )
+        self.dataset = find_dataset(self.config.dataset, data_dir)
         self.plan = plan_of(WORKLOAD, self.config, self.dataset, way.devices)
-        self.model = Model.of(WORKLOAD, self.config, self.plan, self.dataset)
+        model = Model.of(WORKLOAD, self.config, self.plan, self.dataset)
         if way.usual:
             optimizer = usual_optimizer(self.config, self.plan)
-            self.model = dataclasses.replace(self.model, optimizer=optimizer)
-        self.mesh = Mesh(np.array(jax.devices()[: way.devices]), (train_lib.AXIS,))
+            model = dataclasses.replace(model, optimizer=optimizer)
+        self.model, self.mesh = model, Mesh(jax.devices()[: way.devices], (train_lib.AXIS,))
         self.programs = train_lib.compile_steps(
-            self.model.task,
-            self.model.optimizer,
-            self.model.schedule,
-            self.plan.micro_batch,
-            self.mesh,
+            model.task, model.optimizer, model.schedule, self.plan.micro_batch, self.mesh
         )
-        self.share = processes.share_of(self.mesh, self.plan.micro_batch)
+        self.name = f'D={way.devices} M={batch} k={self.plan.accumulation_steps}'
 
-    def _pipeline(self, seed: int) -> Pipeline:
-        return images.pipeline(self.dataset, self.config, seed, self.share)
+    def _batches(self, seed: int) -> Pipeline:
+        share = processes.share_of(self.mesh, self.plan.micro_batch)
+        return WORKLOAD.pipeline(self.config, self.dataset, seed, share)
 
-    def evaluate(self, state: train_lib.TrainState) -> float:
+    def evaluate(self, variables: train_lib.Variables) -> float:
         """Top-1 accuracy on the evaluation set."""
-        batches = self._pipeline(0).evaluation()
-        sums = evaluation.total(self.programs.evaluate, state.variables, batches, self.mesh)
+        batches = self._batches(0).evaluation()
+        sums = evaluation.total(self.programs.evaluate, variables, batches, self.mesh)
         assert sums is not None
         return self.model.task.quality(sums)[self.plan.target.metric]
 
-    def steps(self, seed: int, last: int) -> Iterator[tuple[train_lib.TrainState, float]]:
-        """The state and the loss after every optimizer step."""
-        k, model = self.plan.accumulation_steps, self.model
-        first = train_lib.initial_state(seed, model.task, model.optimizer)
-        state, losses = train_lib.replicate(self.mesh, first), []
-        for i, batch in enumerate(self._pipeline(seed).train(0, last * k)):
+    def steps(self, seed: int, last: int) -> Iterator[tuple[train_lib.Variables, float]]:
+        """The variables and the loss after every optimizer step."""
+        k, losses = self.plan.accumulation_steps, []
+        first = train_lib.initial_state(seed, self.model.task, self.model.optimizer)
+        state = train_lib.replicate(self.mesh, first)
+        for i, batch in enumerate(self._batches(seed).train(0, last * k), start=1):
             state, metrics = self.programs.train(state, train_lib.split(self.mesh, batch))
             losses.append(metrics['loss'].item())
-            if (i + 1) % k == 0:
-                yield state, float(np.mean(losses))
+            if i % k == 0:
+                yield state.variables, float(np.mean(losses))
                 losses = []
 
-    def gentle(self, seed: int) -> list[Any]:
+    def gentle(self, seed: int) -> list[train_lib.Variables]:
         """The weights and running statistics after every one of the first steps."""
-        return [jax.device_get(s.variables) for s, _ in self.steps(seed, GENTLE_STEPS)]
+        # Copied: the next step overwrites them.
+        return [jax.tree.map(np.array, v) for v, _ in self.steps(seed, GENTLE_STEPS)]
 
     def to_target(self, seed: int) -> dict[str, Any]:
         """Losses by step and accuracies by epoch, until the target or the last epoch."""
-        ends = {e.step: e.count for e in self.plan.evaluations}
-        losses, accuracies = [], []
-        for step, (state, loss) in enumerate(self.steps(seed, self.plan.total_steps), start=1):
+        ends = {at.step: at.count for at in self.plan.evaluations}
+        losses, accuracies, epochs = [], [], None
+        for step, (variables, loss) in enumerate(self.steps(seed, self.plan.total_steps), start=1):
             losses.append(round(loss, 5))
             if step in ends:
-                accuracies.append(self.evaluate(state))
-                if accuracies[-1] >= self.config.target_top1:
+                accuracies.append(self.evaluate(variables))
+                if self.plan.target.is_met(accuracies[-1]):
+                    epochs = ends[step]
                     break
-        reached = accuracies[-1] >= self.config.target_top1
-        epochs = list(ends.values())[len(accuracies) - 1] if reached else None
         return {'losses': losses, 'accuracies': accuracies, 'epochs': epochs}
 
 
-def apart(a: Any, b: Any) -> float:
+def apart(a: train_lib.Variables, b: train_lib.Variables) -> float:
     """‖a - b‖ / ‖a‖ over weights or running statistics, the larger of the two."""
-
-    def norm(tree):
-        return np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(tree)))
-
-    return max(norm(jax.tree.map(np.subtract, a[c], b[c])) / norm(a[c]) for c in a)
+    return max(harness.distance(a[collection], b[collection]) for collection in a)
 
 
 def run(data_dir: str, seeds: int) -> dict[str, Any]:
     """All ways from all seeds."""
     results: dict[str, Any] = {'ours': {}, 'usual': {}}
-    reference: dict[tuple[bool, int], Any] = {}
+    reference: dict[tuple[bool, int], list[train_lib.Variables]] = {}
     for way in [*WAYS, *USUAL]:
-        gentle = Experiment(way, data_dir, GENTLE)
+        gentle = Experiment(way, data_dir, **GENTLE)
         differences = []
         for seed in range(seeds):
             states = gentle.gentle(seed)
             whole = reference.setdefault((way.usual, seed), states)  # k = 1 on one device is first.
             differences.append([apart(a, b) for a, b in zip(whole, states, strict=True)])
-        recipe = Experiment(way, data_dir, {})
-        results['usual' if way.usual else 'ours'][way.name()] = {
+        recipe = Experiment(way, data_dir)
+        results['usual' if way.usual else 'ours'][recipe.name] = {
             'differences': np.max(differences, axis=0).tolist(),
             'runs': [recipe.to_target(seed) for seed in range(seeds)],
         }
@@ -220,6 +194,8 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--out', type=Path, default=Path('docs'))
     flags = parser.parse_args()
+    jax.config.update('jax_platforms', 'cpu')
+    backend.set_xla_flags('--xla_force_host_platform_device_count=8')
     results = run(flags.data_dir, flags.seeds)
     flags.out.mkdir(parents=True, exist_ok=True)
     (flags.out / 'accumulation.json').write_text(json.dumps(results))

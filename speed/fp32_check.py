@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows that fp32 is fp32: ResNet-50's outputs and gradients on this device against float64.
 
-    python speed/fp32_check.py [--batch 8] [--image_size 64] [--precision default]
+    python speed/fp32_check.py [--batch 4] [--image_size 64]
 
 fp32 has 24 bits of significand (relative errors around 1e-6), the TF32 of a GPU's matrix units 11
-(around 1e-3); the limit of 1e-5 lies between. Exit status 1 when an error is above it.
-`--precision default` takes away the setting that forbids TF32: on a GPU that has it, it must fail.
+(around 1e-3); the limit of 1e-5 lies between. Exit status 1 when an error is above it, or when
+images and weights that are rounded to TF32 give none above it: then the check could not fail.
 
 The reference is computed on the CPU in float64. The network runs with its running statistics and
 residual branches scaled down (bn3's scale 0.2), which keeps the comparison well-conditioned: at
 random weights and with statistics of few values, the network itself amplifies rounding so much that
-correct fp32 is off by 1e-3. The gradient is that of a random linear function of the logits.
+correct fp32 is off by 1e-3. Gradients are those of a random linear function of an example's logits;
+what counts is the median over the examples, for now and then a ReLU's input has another sign in
+fp32, and moves that example's gradient by 1e-4.
 """
 
 import argparse
 import os
 import sys
-
-os.environ.pop('NVIDIA_TF32_OVERRIDE', None)  # main.py's second lock would hide the first one.
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,6 @@ import numpy as np
 
 from models.resnet import network
 from settings import backend
-
-backend.set_xla_flags()
 
 LIMIT = 1e-5
 CLASSES = 10
@@ -44,7 +42,7 @@ def initial_variables(size: int):
 
 
 def outputs_and_gradients(dtype, variables, images, weights, device):
-    """Logits, and the gradient of sum(logits · weights) by every parameter, in `dtype`."""
+    """Of every example in `dtype`: its logits, and the gradient of logits · weights."""
     model = network.create('resnet50', num_classes=CLASSES, bn_span=1, dtype=dtype)
     variables, images, weights = jax.tree.map(
         lambda x: jax.device_put(np.asarray(x, dtype), device), (variables, images, weights)
@@ -59,7 +57,15 @@ def outputs_and_gradients(dtype, variables, images, weights, device):
         gradient, logits = jax.grad(total, has_aux=True)(variables['params'])
         return logits, gradient
 
-    return jax.device_get(program(variables, images, weights))
+    own = jnp.eye(len(images), dtype=dtype)[..., None] * weights  # Zero for the other examples.
+    results = [jax.device_get(program(variables, images, each)) for each in own]
+    return [(logits[i], gradient) for i, (logits, gradient) in enumerate(results)]
+
+
+def as_tf32(tree):
+    """fp32 arrays with TF32's 10 bits behind the point."""
+    rounded = jax.jit(lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10))
+    return jax.device_get(jax.tree.map(lambda x: rounded(np.asarray(x, np.float32)), tree))
 
 
 def relative_error(ours, reference) -> float:
@@ -69,32 +75,43 @@ def relative_error(ours, reference) -> float:
     return (apart / sum(float(np.sum(b**2)) for _, b in pairs)) ** 0.5
 
 
+def median_errors(ours, reference) -> list[float]:
+    """Relative errors of logits and of gradients, the medians over the examples."""
+    errors = [
+        [relative_error(*pair) for pair in zip(*examples, strict=True)]
+        for examples in zip(ours, reference, strict=True)
+    ]
+    return np.median(errors, axis=0).tolist()
+
+
 def main() -> int:
     """Compares and prints; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--batch', type=int, default=4)
     parser.add_argument('--image_size', type=int, default=64)
-    parser.add_argument('--precision', choices=['highest', 'default'], default='highest')
     flags = parser.parse_args()
+    # The network's precision alone is to forbid TF32, not the second lock that main.py sets.
+    os.environ.pop('NVIDIA_TF32_OVERRIDE', None)
+    backend.set_xla_flags()
     jax.config.update('jax_enable_x64', True)
-    network.PRECISION = jax.lax.Precision[flags.precision.upper()]
 
     size = flags.image_size
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (flags.batch, size, size, 3)) - 120.0
+    weights = rng.normal(size=(flags.batch, CLASSES))
     variables = initial_variables(size)
-    case = variables, images, rng.normal(size=(flags.batch, CLASSES))
-    device = jax.devices()[0]
-    ours = outputs_and_gradients(np.float32, *case, device)
-    reference = outputs_and_gradients(np.float64, *case, jax.devices('cpu')[0])
-    errors = {
-        'logits': relative_error(ours[0], reference[0]),
-        'gradient': relative_error(ours[1], reference[1]),
-    }
-    for name, error in errors.items():
-        print(f'{name}: relative error {error:.1e}, limit {LIMIT:.0e}')
-    passed = all(error <= LIMIT for error in errors.values())
-    print(f'{device.device_kind}, precision {flags.precision}: {"fp32" if passed else "NOT fp32"}')
+    device, host = jax.devices()[0], jax.devices('cpu')[0]
+    exact = outputs_and_gradients(np.float64, variables, images, weights, host)
+
+    def errors(name: str, variables, images) -> list[float]:
+        ours = outputs_and_gradients(np.float32, variables, images, weights, device)
+        logits, gradient = median_errors(ours, exact)
+        print(f'{name}: relative error of logits {logits:.1e}, of the gradient {gradient:.1e}')
+        return [logits, gradient]
+
+    passed = max(errors('fp32', variables, images)) <= LIMIT
+    passed &= min(errors('rounded to TF32', *as_tf32((variables, images)))) > LIMIT
+    print(f'{device.device_kind}, limit {LIMIT:.0e}: {"fp32" if passed else "NOT fp32"}')
     return 0 if passed else 1
 
 

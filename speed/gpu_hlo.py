@@ -24,11 +24,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+import train_lib
+from settings import backend
+from speed import cases
+
 SPECS = Path(__file__).parent / 'gpu_specs'
-
-from settings import backend  # noqa: E402
-
 COMPUTATION = re.compile(r'(ENTRY )?%([\w.-]+) \(.*\{$')
 INSTRUCTION = re.compile(r' *(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)')
 SHAPE = re.compile(r'(?:pred|[a-z]+(\d+))\[([\d,]*)\]')
@@ -118,25 +122,15 @@ def analyse(text: str, batch: int) -> dict[str, str]:
     }
 
 
-def compile_step(device: str, dtype: str, batch: int):
+def compile_step(device: str, dtype: str, batch: int) -> jax.stages.Compiled:
     """The training step of configs/imagenet.py, `batch` images on one device."""
-    import jax
-    import numpy as np
-    from jax.experimental import topologies
-
-    import train_lib
-    from speed import cases
-
-    jax.config.update('jax_platforms', 'cpu')
-    case = cases.prepare(
+    _, plan, _, model = cases.prepare(
         'configs/imagenet.py', 1, dtype=dtype, global_batch_size=batch, per_device_batch=batch
     )
     topology = topologies.get_topology_desc(platform='cuda', target_config=device, topology='1x1x1')
     mesh = jax.sharding.Mesh(np.array(topology.devices), (train_lib.AXIS,))
-    model = case.model
-    return train_lib.lower_train(
-        model.task, model.optimizer, model.schedule, case.plan.micro_batch, mesh
-    ).compile()
+    step = (model.task, model.optimizer, model.schedule)
+    return train_lib.lower_train(*step, plan.micro_batch, mesh).compile()
 
 
 def main() -> None:
@@ -148,14 +142,17 @@ def main() -> None:
     flags = parser.parse_args()
     if missing := [name for name in WHEELS if not list(metadata.distributions(name=name))]:
         sys.exit(f'not installed: {", ".join(missing)}; see the top of speed/gpu_hlo.py')
+    jax.config.update('jax_platforms', 'cpu')
     # Autotuning runs candidates on the device.
     backend.set_xla_flags(*backend.DETERMINISTIC_GPU_FLAGS, '--xla_gpu_autotune_level=0')
     device, columns = (SPECS / f'{flags.spec}.txtpb').read_text(), {}
     for dtype in flags.dtypes.split(','):
         compiled = compile_step(device, dtype, flags.batch)
-        memory = compiled.memory_analysis().temp_size_in_bytes / 1e9
-        columns[dtype] = analyse(compiled.as_text(), flags.batch) | {
-            'temporary memory, GB': f'{memory:.2f}'
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        assert text
+        assert memory
+        columns[dtype] = analyse(text, flags.batch) | {
+            'temporary memory, GB': f'{memory.temp_size_in_bytes / 1e9:.2f}'
         }
     print(f'| {flags.spec}, batch {flags.batch} |', ' | '.join(columns), '|')
     print('|---' * (1 + len(columns)) + '|')

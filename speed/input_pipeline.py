@@ -11,9 +11,7 @@ speed/input_workers.py says what each contestant does. To use fewer cores: tasks
 """
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +19,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from data_preparation import dataset
-from speed.contestants import machine
+from speed.contestants import Contestant, machine
 
 LABELS = {
     'raw': '(a) raw decode + crop + resize, all cores, no framework',
@@ -29,31 +27,6 @@ LABELS = {
     'tfdata': '(c) tf.data, official recipe, float32 batches',
     'torch': '(d) PyTorch DataLoader with Pillow, uint8 batches',
 }
-
-
-class Worker:
-    """A contestant in a process of its own, idle until it is told to make batches."""
-
-    def __init__(self, python: str, name: str, *arguments: str):
-        self.process = subprocess.Popen(
-            [python, '-m', 'speed.input_workers', name, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=Path(__file__).parents[1],
-            env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-        )
-        assert self.process.stdout
-        self.answers = self.process.stdout
-        if self.answers.readline() != 'ready\n':
-            raise SystemExit(f'error: {name} did not start with {python}')
-
-    def run(self, batches: int) -> tuple[float, float]:
-        """Makes batches; wall and CPU seconds."""
-        print(batches, file=self.process.stdin, flush=True)
-        wall, cpu = map(float, self.answers.readline().split())
-        return wall, cpu
 
 
 def prepare(jpegs: Path, folder: Path) -> None:
@@ -89,13 +62,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(flags.jpegs, Path(folder))
         arguments = folder, str(flags.size), str(flags.batch)
-        workers = {name: Worker(python, name, *arguments) for name, python in pythons.items()}
+        workers = {
+            name: Contestant(
+                'speed.input_workers',
+                *(name, *arguments),
+                python=python,
+                environment={'JAX_PLATFORMS': 'cpu'},
+            )
+            for name, python in pythons.items()
+        }
         seconds = [
-            {name: worker.run(flags.batches) for name, worker in workers.items()}
+            {name: worker.ask('batches', flags.batches) for name, worker in workers.items()}
             for _ in range(flags.rounds)
         ]
         for worker in workers.values():
-            worker.process.communicate()
+            worker.stop()
     images = flags.batches * flags.batch
     print(f'\n{machine()}; medians of {flags.rounds} interleaved rounds, batches of ', end='')
     print(f'{flags.batch} at {flags.size}\n')

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contestants of speed/input_pipeline.py, each a process that makes batches when told to.
 
-A worker takes (name, folder, image size, batch size) and reads numbers from its standard input; for
-each it makes so many batches and writes the seconds that took, and the CPU seconds of all its
-processes. What it had ready before is used up first, untimed. All train on the same JPEGs with the
-same crop parameters: `FOLDER/jpegs/*`, which `FOLDER/data` has as records.
+    python -m speed.input_workers NAME FOLDER IMAGE_SIZE BATCH_SIZE
+
+    batches N   wall seconds for N batches, and CPU seconds of all processes
+
+All train on the same JPEGs with the same crop parameters: `FOLDER/jpegs/*`, which `FOLDER/data` has
+as records. NAME is one of:
 
     raw     decode + crop + resize in one thread per core, no framework, from memory: the ceiling
     ours    this repository's pipeline, from ArrayRecord to uint8 batches
@@ -21,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from speed.contestants import serve
 
 CORES = len(os.sched_getaffinity(0))
 READY_AT_MOST = 2 * CORES + 2  # batches that a contestant may hold: PyTorch two a process
@@ -52,7 +56,7 @@ def raw(folder: Path, size: int, batch: int) -> Iterator[object]:
             yield list(current)
 
 
-def ours(folder: Path, size: int, batch: int) -> Iterator[dict]:
+def ours(folder: Path, size: int, batch: int) -> Iterator[object]:
     """This pipeline."""
     from input_pipeline import Pipeline, Share
     from workloads.resnet.images import Images
@@ -123,7 +127,9 @@ def torch(folder: Path, size: int, batch: int) -> Iterator[object]:
 
     class Jpegs(torch.utils.data.IterableDataset):
         def __iter__(self):
-            rng = np.random.default_rng(getattr(torch.utils.data.get_worker_info(), 'id', 0))
+            worker = torch.utils.data.get_worker_info()
+            assert worker  # This runs in a process of the DataLoader.
+            rng = np.random.default_rng(worker.id)
             for path in itertools.cycle(paths):
                 image = Image.open(path).convert('RGB')
                 y, x, height, width = sample_crop(image.height, image.width, rng)
@@ -149,23 +155,28 @@ def cpu_seconds() -> float:
     return seconds
 
 
-def main() -> None:
-    """Serves: a number of batches in, wall and CPU seconds out."""
-    name, folder, size, batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    batches = {'raw': raw, 'ours': ours, 'tfdata': tfdata, 'torch': torch}[name](
-        folder, size, batch
-    )
-    for _ in range(READY_AT_MOST):
-        next(batches)
-    print('ready', flush=True)
-    for line in sys.stdin:
-        for _ in range(READY_AT_MOST):
-            next(batches)
+class Batches:
+    """A contestant; what it had ready before it is asked is used up first, untimed."""
+
+    def __init__(self, name: str, folder: Path, size: int, batch: int):
+        makers = {'raw': raw, 'ours': ours, 'tfdata': tfdata, 'torch': torch}
+        self._batches = makers[name](folder, size, batch)
+        self._take(READY_AT_MOST)
+        self.facts: dict[str, str] = {}
+        self.commands = {'batches': self.seconds}
+
+    def _take(self, count: int) -> None:
+        for _ in range(count):
+            next(self._batches)
+
+    def seconds(self, count: int) -> tuple[float, float]:
+        """Wall and CPU seconds for `count` batches."""
+        self._take(READY_AT_MOST)
         wall, cpu = time.perf_counter(), cpu_seconds()
-        for _ in range(int(line)):
-            next(batches)
-        print(time.perf_counter() - wall, cpu_seconds() - cpu, flush=True)
+        self._take(count)
+        return time.perf_counter() - wall, cpu_seconds() - cpu
 
 
 if __name__ == '__main__':
-    main()
+    name, folder, size, batch = sys.argv[1:]
+    serve(lambda: Batches(name, Path(folder), int(size), int(batch)))

@@ -114,7 +114,9 @@ class Ours:
             model.task, model.optimizer, model.schedule, plan.micro_batch, programs.mesh
         ).cost_analysis()
         accessed = programs.train.cost_analysis()
-        assert costs and accessed and memory
+        assert costs
+        assert accessed
+        assert memory
         return {
             'version': f'JAX {jax.__version__}',
             'device': jax.devices()[0].device_kind,

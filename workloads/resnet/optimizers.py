@@ -128,15 +128,22 @@ def moving_average(momentum: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda running: optax.EmptyState(), update)
 
 
-def create(config: ResNetConfig, plan: Plan) -> Optimizer:
-    """The optimizer of a run, of weights and running statistics."""
-    schedule = learning_rate_schedule(config, plan.num_train)
+def of_weights(config: ResNetConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The configured optimizer of the weights alone."""
     if config.optimizer == 'lars':
-        weights = lars(schedule, config.momentum, config.weight_decay, config.lars_epsilon)
-    else:
-        weights = sgd(schedule, config.momentum, config.weight_decay)
-    both = optax.partition(
+        return lars(schedule, config.momentum, config.weight_decay, config.lars_epsilon)
+    return sgd(schedule, config.momentum, config.weight_decay)
+
+
+def with_statistics(weights: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer of all variables, from that of the weights."""
+    return optax.partition(
         {'weights': weights, 'statistics': moving_average(BATCH_NORM_MOMENTUM)},
         {'params': 'weights', 'batch_stats': 'statistics'},
     )
-    return Optimizer(both, schedule)
+
+
+def create(config: ResNetConfig, plan: Plan) -> Optimizer:
+    """The optimizer of a run, of weights and running statistics."""
+    schedule = learning_rate_schedule(config, plan.num_train)
+    return Optimizer(with_statistics(of_weights(config, schedule)), schedule)
