@@ -37,6 +37,7 @@ COMMAND = re.compile(
 PLACEHOLDERS = {
     r'START:STOP': '1:2',
     r'HOST:PORT': 'localhost:1234',
+    r'\bPARENT\b': '1',
     r'\bCONFIG\b': 'configs/digits.py',
     r'\bNAME\b': 'digits',
     r'ARGUMENT…': '--config=configs/digits.py --workdir=DIR',
@@ -66,9 +67,18 @@ def find(text: str) -> Iterator[str]:
 def find_in_help(path: Path) -> Iterator[str]:
     """The commands in a script's help: indented in a docstring, or after `Usage:`."""
     if path.suffix == '.py':
-        lines = (ast.get_docstring(ast.parse(path.read_text()), clean=True) or '').splitlines()
-        lines = [line for line in lines if line.startswith(f'    {path.name} ')]
-        lines = [line.replace(path.name, f'python {path.relative_to(ROOT)}', 1) for line in lines]
+        help_text = ast.get_docstring(ast.parse(path.read_text()), clean=True) or ''
+        lines = re.sub(
+            r'\n {8,}', ' ', help_text
+        ).splitlines()  # A long command is indented further.
+        lines = [line.strip() for line in lines if line.startswith('    ')]
+        named_alone = f'{path.name} '
+        lines = [
+            f'python {path.relative_to(ROOT)} {line.removeprefix(named_alone)}'
+            if line.startswith(named_alone)
+            else line
+            for line in lines
+        ]
     else:
         lines = re.findall(r'^# Usage: (.*)', path.read_text(), re.M)
     yield from _lines(lines)
@@ -83,7 +93,8 @@ def _lines(lines: list[str]) -> Iterator[str]:
 
 
 def words_of(command: str) -> list[str]:
-    """Its words, with a value for every placeholder and the first of alternatives."""
+    """Its words, with optional flags, a value for every placeholder, the first of alternatives."""
+    command = re.sub(r'\[(--.*?)\]', r'\1', command)
     command = re.sub(r'\[.*?\]|\(.*?\)', '', command)
     command = re.sub(r'\{\s*([^|}]*?)\s*\|[^}]*\}', r'\1', command)
     command = re.sub(r'(\S+) \| \S+', r'\1', command)

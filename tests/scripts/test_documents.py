@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents say is so: links lead somewhere, commands name what exists and work."""
+"""What the documents say is so: links, commands, the map of modules and its drawing."""
 
+import ast
+import hashlib
 import re
 import shlex
 import subprocess
@@ -9,23 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from tests import documented_commands
+from tests import documented_commands, structure
 from tests.documented_commands import Rejected
 from tests.end_to_end.program import environment, share_programs
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), *ROOT.glob('tests/**/*.md')])
+# Programs that people call; others in these folders are modules, or are called by a program.
 PROGRAMS = sorted(
-    [
-        ROOT / 'main.py',
-        *ROOT.glob('scripts/*.py'),
-        *ROOT.glob('scripts/*.s*'),
-        *ROOT.glob('experiments/*.*'),
-    ]
+    path
+    for folder in ('', 'scripts/**/', 'experiments/', 'speed/')
+    for suffix in ('py', 'sh', 'sub')
+    for path in ROOT.glob(f'{folder}*.{suffix}')
+    if re.search(r'^# Usage: |ArgumentParser\(|command_line\.parse\(', path.read_text(), re.M)
 )
-# The last starts what it is given: its arguments are a process and its command.
-NO_PROGRAMS = ('lib.sh', '__init__.py', 'end_with_parent.py')
-PROGRAMS = [path for path in PROGRAMS if path.name not in NO_PROGRAMS]
 
 
 def blocks(document):
@@ -87,6 +86,7 @@ def test_fields_that_a_text_names_fit_a_configuration(document):
         'python scripts/run_seeds.py --config=configs/digits.py --runs=N --config.seed=1',
         'python scripts/report.py',
         'experiments/study_cifar10.sh --tiny',
+        'python experiments/kills.py [--kills=20] [--config=DIR]',
         'scripts/download_dataset.sh imagenet --from PATH',
         'docker run resnet-jax scripts/run_and_time.sh --config.dtype=float8',
         'sbatch --nodes=N scripts/slurm.sub configs/imagenet.py WORKDIR --config.momentum=2',
@@ -98,6 +98,66 @@ def test_fields_that_a_text_names_fit_a_configuration(document):
 def test_a_wrong_command_would_be_found(command):
     assert list(documented_commands.find(f'`{command}`')) == [command]
     assert rejected([command], documented_commands.judge)
+
+
+# Files, clocks, signals, processes, logs: a pure module imports and calls none of these.
+IMPURE = {
+    'datetime', 'io', 'logging', 'multiprocessing', 'os', 'pathlib', 'random', 'shutil', 'signal',
+    'socket', 'subprocess', 'sys', 'tempfile', 'threading', 'time', 'input()', 'open()', 'print()',
+}  # fmt: skip
+
+
+def mapped() -> dict[str, bool]:
+    """The modules of CONTRIBUTING.md's map by path, and whether they are marked as pure."""
+    text = (ROOT / 'CONTRIBUTING.md').read_text()
+    found: dict[str, bool] = {}
+    for title, section in re.findall(r'^### (.*)\n([^#]*)', text, re.M):
+        folder = '' if title == 'Root' else title
+        for name, pure in re.findall(r'^\| `([^`]+)`( \*pure\*)? \|', section, re.M):
+            assert folder + name not in found, name
+            found[folder + name] = bool(pure)
+    return found
+
+
+def test_the_map_has_every_module():
+    modules = {path for path in structure.read_sources() if not path.endswith('__init__.py')}
+    assert len(modules) > 60
+    assert set(mapped()) == modules - {'.ci/run'}
+
+
+@pytest.mark.parametrize('path', [path for path, pure in mapped().items() if pure])
+def test_a_pure_module_uses_nothing_of_the_system(path):
+    tree = ast.parse((ROOT / path).read_text())
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            used |= {alias.name.partition('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            used.add(node.module.partition('.')[0])
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            used.add(f'{node.func.id}()')
+    assert not used & IMPURE
+
+
+def test_the_drawing_is_that_of_its_source():
+    source = (ROOT / 'docs' / 'modules.dot').read_bytes()
+    drawing = (ROOT / 'docs' / 'modules.svg').read_text()
+    renew = 'renew it: scripts/dev/draw_modules.sh'
+    assert f'SHA-256 of modules.dot: {hashlib.sha256(source).hexdigest()}' in drawing, renew
+
+
+def test_the_drawing_names_modules_that_exist():
+    source = (ROOT / 'docs' / 'modules.dot').read_text()
+    nodes = re.findall(r'"([^"]+)" \[id="(?:([^"]+)/)?[^"/]+"', source)
+    others = re.findall(r'"others of ([^"]+)" \[.*label="(.*?)"', source)
+    nodes += [(names, folder) for folder, names in others]
+    drawn = {
+        f'{folder}/{name}.py'.lstrip('/')
+        for names, folder in nodes
+        for name in re.findall(r'\w+', names.replace('\\l', ' '))
+    }
+    assert len(drawn) > 40
+    assert drawn <= set(mapped())
 
 
 def test_commands_marked_in_the_requirements_work():
