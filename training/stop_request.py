@@ -8,6 +8,7 @@ when it has long been there: neither the host nor a device waits for it.
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable
 
 import jax
@@ -17,9 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from training import processes
 
+SAME_SIGNAL_SECONDS = 0.2
+
 
 class StopRequest:
     """Whether SIGTERM or SIGINT asked the run to stop; a second signal ends this process at once.
+
+    Within SAME_SIGNAL_SECONDS it is the first one again: Linux sends a process one for every thread
+    of a parent that dies (prctl(2), PR_SET_PDEATHSIG).
 
     Args:
       mesh: all devices of the run, on one axis.
@@ -30,17 +36,20 @@ class StopRequest:
 
     def __init__(self, mesh: Mesh):
         self.received: str | None = None
+        self._when = 0.0
         self._sum: Callable | None = None
         if processes.is_several():
             self._sum, self._flags = _compile_sum(mesh)
 
     def _handle(self, number, frame):
+        if self.received and time.monotonic() - self._when < SAME_SIGNAL_SECONDS:
+            return
         if self.received:
             for data_process in multiprocessing.active_children():
                 data_process.terminate()
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = signal.Signals(number).name
+        self.received, self._when = signal.Signals(number).name, time.monotonic()
 
     def listen(self) -> None:
         """Handles the two signals from here on, to the end of the process.

@@ -27,7 +27,12 @@ def rejected(text):
 
 
 def save(*_):
-    """The handler of SIGTERM; a second one ends the program before it has saved."""
+    """The handler of SIGTERM; a second one ends the program before it has saved.
+
+    Within a moment it is the first one again, as for training/stop_request.py.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(0.2)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(1)
     print('saved', flush=True)
