@@ -121,7 +121,7 @@ def write(
             for member in tar.getmembers()
             if not any(part.startswith('.') for part in Path(member.name).parts)
         ]
-        tar.extractall(code, members, filter='data')
+        tar.extractall(code, members)
     repeated = dataclasses.asdict(config) | {'seed': None}
     (code / 'run_config.json').write_text(json.dumps(repeated, indent=2) + '\n')
 
