@@ -17,8 +17,8 @@
 #
 # The base is Python's own image: NVIDIA's JAX images have left Volta out since 2025-02 and are CUDA 13
 # since 2025-08. The digest names one image for every platform; the tag beside it is for readers. CUDA, cuDNN
-# and NCCL come as wheels at the versions of requirements.txt, next to JAX, which finds them by itself (so no
-# LD_LIBRARY_PATH); of the host only the driver is used.
+# and NCCL are wheels at the versions of requirements.txt, next to JAX, which finds them by itself (so no
+# LD_LIBRARY_PATH is needed); only the driver comes from the host.
 FROM python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
 
 LABEL org.opencontainers.image.title="ResNet-50 in JAX, an MLPerf Training reference" \
@@ -28,7 +28,7 @@ LABEL org.opencontainers.image.title="ResNet-50 in JAX, an MLPerf Training refer
 RUN useradd --create-home --uid 1000 mlperf
 WORKDIR /benchmark
 
-# LOCK=cpu: without the CUDA wheels. It stays set, so that scripts/setup_env.sh finds what it made here.
+# LOCK=cpu: without the CUDA wheels. It stays set, so that scripts/setup_env.sh recognises this environment.
 ARG LOCK=gpu
 ENV LOCK=$LOCK
 COPY requirements*.txt ./
@@ -36,7 +36,7 @@ COPY scripts/lib.sh scripts/setup_env.sh scripts/
 RUN PIP_NO_CACHE_DIR=1 scripts/setup_env.sh && rm .venv.lock
 
 COPY . .
-# The version of the code that runs record, for the image holds no repository:
+# The version of the code, which runs record; the image holds no repository:
 # --build-arg COMMIT="$(git describe --always --dirty --abbrev=40)"
 ARG COMMIT=unknown
 ENV COMMIT=$COMMIT
@@ -44,7 +44,7 @@ LABEL org.opencontainers.image.revision=$COMMIT
 RUN mkdir data runs && chown mlperf:mlperf data runs
 VOLUME ["/benchmark/data", "/benchmark/runs"]
 
-# What NVIDIA's container runtime lends: every GPU, and nvidia-smi to see them.
+# What NVIDIA's container runtime provides: every GPU, and nvidia-smi to list them.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONUNBUFFERED=1
