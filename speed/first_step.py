@@ -8,6 +8,7 @@ the first run has left in it. Prints wall time, and CPU time, which other users 
 disturb less.
 """
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -39,16 +40,18 @@ def first_step(workdir: str, arguments: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     """The program."""
-    if len(sys.argv) < 2 or sys.argv[1] in ('-h', '--help'):
-        sys.exit(__doc__)
-    config, *rest = sys.argv[1:]
-    arguments = [f'--config={config}', '--config.log_every_steps=1', *rest]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', metavar='CONFIG')
+    flags, fields = parser.parse_known_args()
+    arguments = [f'--config={flags.config}', '--config.log_every_steps=1', *fields]
     with tempfile.TemporaryDirectory() as folder:
         for state in ('empty', 'filled'):  # The cache lies beside the work directories.
             wall, cpu = first_step(f'{folder}/{state}', arguments)
             print(f'compilation cache {state}: first step after {wall:.1f} s', end='')
             print(f' ({cpu:.1f} s of CPU time)', flush=True)
-    print(f'{config}; {machine()}')
+    print(f'{flags.config}; {machine()}')
 
 
 if __name__ == '__main__':
