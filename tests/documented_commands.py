@@ -272,8 +272,10 @@ def _judge_shell(name: str, arguments: list[str]) -> None:
 
 
 def _judge_by_help(file: Path, arguments: list[str]) -> None:
-    """A flag of a shell script must be in the comment that is its help."""
-    text = file.read_text().split('\nset -')[0]
+    """A flag of a shell script must be in the comment that is its help, which it may print."""
+    text, _, body = file.read_text().partition('\nset -')
+    if arguments == ['--help'] and '--help)' in body:
+        return
     for word in arguments:
         flag = word.partition('=')[0]
         if flag.startswith('-') and not re.search(rf'{re.escape(flag)}\b', text):
