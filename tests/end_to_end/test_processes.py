@@ -80,10 +80,9 @@ def test_a_second_start_uses_what_the_first_compiled(digits_dir, tmp_path):
     for _ in range(2):
         shutil.rmtree(run.workdir, ignore_errors=True)
         assert run.run() == 1, run.said()
-        # JAX notes the time of every use of a program, if the cache is bounded.
-        used.append({p.name: p.read_bytes() for p in cache.glob('*step*-atime')})
-    assert any('train_step' in name for name in used[0])
-    again = {name for name, when in used[0].items() if used[1][name] != when}
-    # Evaluation compiles faster than what is worth keeping, on a fast machine.
-    assert any('train_step' in name for name in again)
-    assert used[1].keys() == used[0].keys()
+        # JAX notes the time of every use of a program, if the cache is bounded. That of evaluation
+        # may compile too fast to be worth keeping.
+        used.append({p.name: p.read_bytes() for p in cache.glob('*train_step*-atime')})
+    ((name, before),) = used[0].items()
+    assert used[1].keys() == {name}
+    assert used[1][name] != before
