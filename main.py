@@ -69,21 +69,21 @@ def run(
         command_line.check_profile(flags.profile, course.evaluations[-1].step)
     place = (flags.coordinator, flags.num_processes, flags.process_id, flags.start_timeout)
     with processes.joined(*place):
-        say = print if processes.is_lead() else lambda text: None
+        print_line = print if processes.is_lead() else lambda text: None
         if flags.mode == 'eval':
-            say(json.dumps(evaluation.evaluate(workload, config, dataset)))
+            print_line(json.dumps(evaluation.evaluate(workload, config, dataset)))
             return errors.REACHED
         for warning in workload.warnings(base, overrides, config):
-            say(f'warning: {warning}')
+            print_line(f'warning: {warning}')
         compilation_cache.keep(flags.workdir.resolve().parent / 'compilation_cache')
         outcome = train_loop.train_and_evaluate(
             workload, config, dataset, flags.workdir, flags.profile
         )
-        say(f'{flags.workdir}: {outcome.value}')
+        print_line(f'{flags.workdir}: {outcome.value}')
         return outcome.status
 
 
-def complain(text: str, status: int) -> int:
+def print_error(text: str, status: int) -> int:
     """Prints an error for people."""
     sys.stdout.flush()
     print(f'error: {text}', file=sys.stderr, flush=True)
@@ -103,13 +103,13 @@ def main(arguments: list[str]) -> int:
         config = by_name.configure(base, overrides)
         return errors.REACHED if flags.mode == 'check' else run(flags, base, overrides, config)
     except (errors.RejectedError, errors.FailedError) as error:
-        return complain(str(error), error.status)
+        return print_error(str(error), error.status)
     except Exception:
         traceback.print_exc()
         text = 'failed as shown above (of several processes, the first to fail says why)'
         if flags.mode == 'train':
             text += '; the same command resumes from the last checkpoint'
-        return complain(text, errors.FAILED)
+        return print_error(text, errors.FAILED)
 
 
 if __name__ == '__main__':

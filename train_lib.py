@@ -78,7 +78,7 @@ class LossScale(NamedTuple):
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a training step changes. Replicated over the devices.
+    """Everything that a training step updates. Replicated over the devices.
 
     Attributes:
       variables: of the model, fp32; weights and running statistics.

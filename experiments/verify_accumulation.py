@@ -86,7 +86,7 @@ class Experiment:
         self.name = f'D={way.devices} M={batch} k={self.plan.accumulation_steps}'
 
     def _batches(self, seed: int) -> Pipeline:
-        share = processes.share_of(self.mesh, self.plan.micro_batch)
+        share = processes.local_share(self.mesh, self.plan.micro_batch)
         return WORKLOAD.pipeline(self.config, self.dataset, seed, share)
 
     def evaluate(self, variables: train_lib.Variables) -> float:

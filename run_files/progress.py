@@ -47,7 +47,7 @@ class TensorBoard:
     Args:
       folder: is made if it is missing.
       first_step: hides what earlier starts wrote of this step and later ones.
-      report: is told once if there are no events, and why.
+      report: is called once, with the reason, if events cannot be written.
     """
 
     def __init__(self, folder: Path, first_step: int, report: Callable[[str], None]):

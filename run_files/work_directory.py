@@ -117,10 +117,10 @@ def _check_entries(path: Path) -> None:
     if not path.exists():
         return
     there = [entry.name for entry in path.iterdir()]
-    strangers = [] if 'config.json' in there else sorted({*there} - {*_ALONE})
-    if strangers:
+    unexpected = [] if 'config.json' in there else sorted({*there} - {*_ALONE})
+    if unexpected:
         raise WorkDirectoryError(
-            f'the work directory {path} is not empty and holds no run: there is {strangers[0]}, '
+            f'the work directory {path} is not empty and holds no run: there is {unexpected[0]}, '
             'and no config.json; choose another with --workdir'
         )
     for name in _FILES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has a finished run's log judged by the official checker and prints its result.
+"""Runs the official checker on a finished run's log and prints the result.
 
     judge_run.py WORKDIR
 

@@ -3,9 +3,9 @@
 
     launch.py --gpus=N | --cpus=N -- main.py ARGUMENT…
 
-Every process is told of the others (--coordinator, --num_processes, --process_id, on a free port
-of the loopback device) and sees one GPU, or one CPU device; where there are fewer than N usable
-GPUs the run is rejected. Lines that they print are prefixed with their number. SIGTERM and SIGINT
+Every process gets --coordinator (a free port of the loopback device), --num_processes and
+--process_id, and sees one GPU, or one CPU device; where there are fewer than N usable GPUs the run
+is rejected. Lines that they print are prefixed with their number. SIGTERM and SIGINT
 are passed on to all. When a process fails, the others have a moment to end by themselves, then get
 SIGTERM, then SIGKILL, so nothing is left behind; should this program itself be killed, the system
 sends them SIGTERM. The exit status is that of the first process that failed (main.py says what it

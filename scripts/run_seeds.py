@@ -219,7 +219,7 @@ class Seeds:
         for process in self.running.values():
             process.send_signal(signal.SIGTERM)
 
-    def to_the_end(self, display: Display) -> None:
+    def run(self, display: Display) -> None:
         """Keeps the jobs busy until all is done."""
         try:
             while self.waiting or self.running:
@@ -251,7 +251,7 @@ def main(arguments: list[str], program: Path = ROOT / 'main.py') -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # As nohup leaves it.
                 signal.signal(number, seeds.ask)
-        seeds.to_the_end(Display(flags.runs, len(seeds.ended)))
+        seeds.run(Display(flags.runs, len(seeds.ended)))
     except (errors.RejectedError, ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr, flush=True)
         return errors.REJECTED

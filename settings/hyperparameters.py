@@ -76,8 +76,8 @@ class Config:
     dtype: str = field(DTYPES, 'Of activations and convolutions; all else is float32 always.')
     seed: int | None = field(
         SEED,
-        "The run's only seed; none: from the system's entropy. Given for debugging and comparison "
-        'alone.',
+        "The run's only seed; none: from the system's entropy. Set it only to debug or to compare "
+        'runs; submissions leave it at none.',
         log_key='seed',
     )
     init_from: str | None = field(
@@ -210,7 +210,7 @@ def _shown(value: Any) -> str:
 def unknown_name(config_type: type[Config], name: str) -> str:
     """The error of a field that does not exist, with the closest that does."""
     close = difflib.get_close_matches(name, table(config_type), n=1, cutoff=0.5)
-    return f'{name} is no hyperparameter' + (f'; did you mean {close[0]}?' if close else '')
+    return f'unknown hyperparameter {name}' + (f'; did you mean {close[0]}?' if close else '')
 
 
 def resolve(

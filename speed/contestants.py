@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from run_files.machine import describe
 
@@ -35,11 +35,12 @@ class Contestant:
       RuntimeError: the process has ended; so does `ask`.
     """
 
-    def __init__(self, module: str, *arguments: str, python: str, environment: Mapping[str, str]):
-        command = [python, '-m', module, *arguments]
+    def __init__(
+        self, module: str, *arguments: str, python: str = sys.executable, **environment: str
+    ):
         self._module = module
         self._process = subprocess.Popen(
-            command,
+            [python, '-m', module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -65,35 +66,24 @@ class Contestant:
         self._process.communicate()
 
 
-class Commands(Protocol):
-    """What a contestant's process serves.
-
-    Attributes:
-      facts: JSON.
-      commands: functions of a number that return JSON, by name.
-    """
-
-    @property
-    def facts(self) -> Mapping[str, Any]: ...  # noqa: D102
-    @property
-    def commands(self) -> Mapping[str, Callable[[int], Any]]: ...  # noqa: D102
+Commands = Mapping[str, Callable[[int], Any]]  # Functions of a number that return JSON, by name.
 
 
-def serve(create: Callable[[], Commands]) -> None:
+def serve(create: Callable[[], tuple[Mapping[str, Any], Commands]]) -> None:
     """Answers what this process is asked, until its input ends.
 
     Args:
-      create: makes the contestant and warms it up; facts['ready'] is the seconds that this took.
+      create: makes the contestant and warms it up, which takes facts['ready'] seconds; its facts,
+        JSON, and its commands.
     """
     answers, before = sys.stdout, time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # What libraries print is no answer.
-        contestant = create()
-        ready = {'ready': time.perf_counter() - before}
-        print(json.dumps({**ready, **contestant.facts}), file=answers, flush=True)
+        facts, commands = create()
+        facts = {'ready': time.perf_counter() - before, **facts}
+        print(json.dumps(facts), file=answers, flush=True)
         for line in sys.stdin:
             command, number = line.split()
-            answer = contestant.commands[command](int(number))
-            print(json.dumps(answer), file=answers, flush=True)
+            print(json.dumps(commands[command](int(number))), file=answers, flush=True)
 
 
 def machine() -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contestants of speed/input_pipeline.py, each a process that makes batches when told to.
+"""The contestants of speed/input.py, each a process that makes batches when told to.
 
     python -m speed.input_workers NAME FOLDER IMAGE_SIZE BATCH_SIZE
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speed.contestants import serve
+from speed.contestants import Commands, serve
 
 CORES = len(os.sched_getaffinity(0))
 READY_AT_MOST = 2 * CORES + 2  # batches that a contestant may hold: PyTorch two a process
@@ -155,28 +155,25 @@ def cpu_seconds() -> float:
     return seconds
 
 
-class Batches:
-    """A contestant; what it had ready before it is asked is used up first, untimed."""
+def contestant(name: str, folder: Path, size: int, batch: int) -> tuple[dict, Commands]:
+    """Its facts, none, and commands; what it had ready is used up first, untimed."""
+    makers = {'raw': raw, 'ours': ours, 'tfdata': tfdata, 'torch': torch}
+    batches = makers[name](folder, size, batch)
 
-    def __init__(self, name: str, folder: Path, size: int, batch: int):
-        makers = {'raw': raw, 'ours': ours, 'tfdata': tfdata, 'torch': torch}
-        self._batches = makers[name](folder, size, batch)
-        self._take(READY_AT_MOST)
-        self.facts: dict[str, str] = {}
-        self.commands = {'batches': self.seconds}
-
-    def _take(self, count: int) -> None:
+    def take(count: int) -> None:
         for _ in range(count):
-            next(self._batches)
+            next(batches)
 
-    def seconds(self, count: int) -> tuple[float, float]:
-        """Wall and CPU seconds for `count` batches."""
-        self._take(READY_AT_MOST)
+    def seconds(count: int) -> tuple[float, float]:
+        take(READY_AT_MOST)
         wall, cpu = time.perf_counter(), cpu_seconds()
-        self._take(count)
+        take(count)
         return time.perf_counter() - wall, cpu_seconds() - cpu
+
+    take(READY_AT_MOST)
+    return {}, {'batches': seconds}
 
 
 if __name__ == '__main__':
     name, folder, size, batch = sys.argv[1:]
-    serve(lambda: Batches(name, Path(folder), int(size), int(batch)))
+    serve(lambda: contestant(name, Path(folder), int(size), int(batch)))

@@ -40,15 +40,10 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     text, ceilings = json.dumps(case), []
     contestants = {}
     try:
-        ours = contestants['bare'] = Contestant(
-            'speed.train_step_ours', text, python=sys.executable, environment=ENVIRONMENT
-        )
-        if case['peer_python']:
+        ours = contestants['bare'] = Contestant('speed.train_step_ours', text, **ENVIRONMENT)
+        if peer := case['peer_python']:
             contestants['peer'] = Contestant(
-                'speed.train_step_pytorch',
-                text,
-                python=case['peer_python'],
-                environment=ENVIRONMENT,
+                'speed.train_step_pytorch', text, python=peer, **ENVIRONMENT
             )
         turns = [(name, each, 'steps', case['steps']) for name, each in contestants.items()]
         turns.append(('loop', ours, 'loop', case['loop_steps'] or case['steps']))

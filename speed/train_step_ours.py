@@ -84,17 +84,19 @@ class Ours:
         self._trace, self._parts, self._state = case['trace'], run.parts, run.state
         self._batch = self._random_batch(prepared.dataset.num_classes)
         on_devices = dataclasses.replace(run.parts, pipeline=OnDevices(self._batch))
-        loop, fed = Run(on_devices, run.state), run
-        self.commands = {
+        self._loop, self._fed_loop = Run(on_devices, run.state), run
+
+    def ready(self) -> tuple[dict[str, Any], contestants.Commands]:
+        """Its facts and commands, after a first step."""
+        self.steps(1)
+        return self._facts(), {
             'steps': self.steps,
-            'loop': lambda count: self.loop(loop, count),
-            'input': lambda count: self.loop(fed, count),
+            'loop': lambda count: self.loop(self._loop, count),
+            'input': lambda count: self.loop(self._fed_loop, count),
             'trace': self.trace,
             'ceilings': self.ceilings,
             'memory': self.memory,
         }
-        self.steps(1)
-        self.facts = self._facts()
 
     def _random_batch(self, num_classes: int) -> dict[str, jax.Array]:
         rng, plan = np.random.default_rng(0), self._parts.plan
@@ -171,4 +173,4 @@ class Ours:
 
 if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as folder:
-        contestants.serve(lambda: Ours(json.loads(sys.argv[1]), Path(folder)))
+        contestants.serve(lambda: Ours(json.loads(sys.argv[1]), Path(folder)).ready())

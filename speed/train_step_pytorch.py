@@ -16,68 +16,60 @@ from typing import Any
 
 import torch
 
-from speed import contestants
+from speed.contestants import Commands, serve
 from tests.torchvision_models import create
 
 
-class PyTorch:
-    """The model, and what it can be asked; the arguments are as those of `Ours`."""
+def contestant(case: dict[str, Any]) -> tuple[dict[str, Any], Commands]:
+    """Its facts and commands; `case` as that of `Ours`."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # The tests' models use one.
+    cuda = torch.cuda.is_available()
+    device = 'cuda' if cuda else 'cpu'
+    torch.manual_seed(0)
+    # True fp32, as ours; half precision is not affected.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    there: dict[str, Any] = {'device': device, 'memory_format': torch.channels_last}
+    model = create(case['model'], case['classes']).to(**there)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True
+    )
+    half = case['dtype'] != 'float32'
+    scaler = torch.amp.GradScaler(device, enabled=case['dtype'] == 'float16')
+    size, batch, micro_steps = case['image_size'], case['batch'], case['accumulation']
+    means = torch.tensor([123.68, 116.78, 103.94], device=device)[None, :, None, None]
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(**there)
+    labels = torch.randint(0, case['classes'], (batch,), device=device)
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
 
-    def __init__(self, case: dict[str, Any]):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # The tests' models use one.
-        cuda = torch.cuda.is_available()
-        self.device = 'cuda' if cuda else 'cpu'
-        self.micro_steps = case['accumulation']
-        torch.manual_seed(0)
-        # True fp32, as ours; half precision is not affected.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = True
-        model: Any = create(case['model'], case['classes'])
-        model = model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True
-        )
-        half = case['dtype'] != 'float32'
-        self.scaler = torch.amp.GradScaler(self.device, enabled=case['dtype'] == 'float16')
-        size, batch = case['image_size'], case['batch']
-        means = torch.tensor([123.68, 116.78, 103.94], device=self.device)[None, :, None, None]
-        image = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-        self.image = image.to(self.device, memory_format=torch.channels_last)
-        self.label = torch.randint(0, case['classes'], (batch,), device=self.device)
-        criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    def eager_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, getattr(torch, case['dtype']), enabled=half):
+            return criterion(model(images.float() - means), labels)
 
-        def loss_of(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(self.device, getattr(torch, case['dtype']), enabled=half):
-                return criterion(model(image.float() - means), label)
+    mode = case['peer_compile']
+    loss_of = eager_loss if mode == 'none' else torch.compile(eager_loss, mode=mode)
 
-        mode = case['peer_compile']
-        self.loss_of = loss_of if mode == 'none' else torch.compile(loss_of, mode=mode)
-        self.commands = {'steps': self.steps}
-        self.steps(1)
-        self.facts = {
-            'version': f'PyTorch {torch.__version__}',
-            'device': torch.cuda.get_device_name() if cuda else 'cpu',
-            'devices': 1,
-        }
-
-    def _wait(self) -> None:
-        if self.device == 'cuda':
+    def wait() -> None:
+        if cuda:
             torch.cuda.synchronize()
 
-    def steps(self, count: int) -> float:
-        """Seconds for `count` optimizer steps."""
-        self._wait()
+    def steps(count: int) -> float:
+        wait()
         before = time.perf_counter()
         for _ in range(count):
-            self.optimizer.zero_grad(set_to_none=True)
-            for _ in range(self.micro_steps):
-                loss = self.loss_of(self.image, self.label) / self.micro_steps
-                self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self._wait()
+            optimizer.zero_grad(set_to_none=True)
+            for _ in range(micro_steps):
+                scaler.scale(loss_of(images, labels) / micro_steps).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        wait()
         return time.perf_counter() - before
+
+    steps(1)
+    name = torch.cuda.get_device_name() if cuda else 'cpu'
+    facts = {'version': f'PyTorch {torch.__version__}', 'device': name, 'devices': 1}
+    return facts, {'steps': steps}
 
 
 if __name__ == '__main__':
-    contestants.serve(lambda: PyTorch(json.loads(sys.argv[1])))
+    serve(lambda: contestant(json.loads(sys.argv[1])))

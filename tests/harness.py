@@ -88,7 +88,7 @@ def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches
     state = train_lib.replicate(mesh, train_lib.initial_state(config.seed, task, optimizer))
     micro_steps = steps * plan.accumulation_steps
     if batches is None:
-        share = processes.share_of(mesh, plan.micro_batch)
+        share = processes.local_share(mesh, plan.micro_batch)
         source = images.pipeline(dataset, config, config.seed, share).train(0, micro_steps)
     else:
         size = plan.micro_batch

@@ -74,7 +74,7 @@ def test_a_field_takes_its_value_to_the_letter():
         ('def get_config(): raise SystemExit(0)', 'SystemExit'),
         ('import sys; sys.exit(0)', 'SystemExit'),
         ('def get_config(): return {1: 2}', 'benchmark is missing'),
-        ("def get_config(): return {1: 2, 'benchmark': 'resnet'}", '1 is no hyperparameter'),
+        ("def get_config(): return {1: 2, 'benchmark': 'resnet'}", 'unknown hyperparameter 1'),
         ('get_config = 5', 'not callable'),
         ('x = 5', 'get_config'),
         ('syntax error', 'SyntaxError'),

@@ -38,14 +38,14 @@ class CheckpointSaver:
         self._directory, self._report = directory.resolve(), report
         self._directory.mkdir(parents=True, exist_ok=True)
         for path, reason in damaged:
-            aside = _free(path.with_name(f'damaged-{path.name}'))
+            aside = _unused_path(path.with_name(f'damaged-{path.name}'))
             path.rename(aside)
             self._report(f'checkpoint {path} is damaged, and now called {aside.name}: {reason}')
         self._manager = self._open()
         # Orbax has threads too, but starts them after half a second's work on 100 MB of weights.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
         self._saving: concurrent.futures.Future | None = None
-        self._landed = True  # The last save, or it is on its way.
+        self._last_save_ok = True  # True, too, while a save is running.
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -68,7 +68,7 @@ class CheckpointSaver:
         """
         self.wait()
         step = int(tree['step'])
-        self._landed = True
+        self._last_save_ok = True
         if step in self._manager.all_steps():
             return
         self._saving = self._thread.submit(self._write, step, tree, record)
@@ -93,7 +93,7 @@ class CheckpointSaver:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        self._landed = False
+        self._last_save_ok = False
         self._report(f'a checkpoint could not be saved in {self._directory}: {first_line(error)}')
         with contextlib.suppress(Exception):  # The failed save, which was reported already.
             self._manager.close()
@@ -102,11 +102,11 @@ class CheckpointSaver:
         self._manager = self._open()  # Removes what the failed save left behind.
 
     def close(self) -> bool:
-        """Waits for the last save and ends the thread; whether that save landed."""
+        """Waits for the last save and ends the thread; whether that save succeeded."""
         self.wait()
         self._manager.close()
         self._thread.shutdown()
-        return self._landed
+        return self._last_save_ok
 
 
 def _reserve(directory: Path, size: int) -> None:
@@ -119,7 +119,7 @@ def _reserve(directory: Path, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
-def _free(path: Path) -> Path:
+def _unused_path(path: Path) -> Path:
     """The path, or the first of path-2, path-3, … that does not exist."""
     numbered = (path.with_name(f'{path.name}-{n}') for n in itertools.count(2))
     return next(p for p in itertools.chain([path], numbered) if not p.exists())

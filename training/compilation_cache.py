@@ -25,14 +25,14 @@ def configure() -> None:
 def keep(folder: Path) -> None:
     """Keeps compiled programs in a folder that all processes see; otherwise none are kept.
 
-    XLA has the processes of a run tune a program's kernels on their GPUs together. If one found the
-    program in its cache, others that did not would wait for its part, for a day.
+    The processes of a run tune a program's kernels together. If one found the program in its cache,
+    the others would wait for it until XLA's timeout, a day.
     """
     if processes.is_several():
         mark = folder / f'seen-by-all-{processes.broadcast(os.urandom(8).hex())}'
-        processes.lead_does(lambda: _touch(mark))
+        processes.run_on_lead(lambda: _touch(mark))
         seen = multihost_utils.process_allgather(np.int32(mark.exists()))
-        processes.lead_does(lambda: mark.unlink(missing_ok=True))
+        processes.run_on_lead(lambda: mark.unlink(missing_ok=True))
         if not seen.all():
             if processes.is_lead():
                 print(f'{folder} is not seen by all processes: compiled programs are not kept')

@@ -97,11 +97,11 @@ def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, 
             )
         return weights
 
-    weights = processes.from_lead(processes.lead_does(read) or zeros)
+    weights = processes.broadcast_from_lead(processes.run_on_lead(read) or zeros)
     limits = workload.course(config, dataset.num_train).device_batch
     fitting = config.per_device_batch or limits.largest
     batch_size = mesh.size * min(fitting, math.ceil(dataset.num_eval / mesh.size))
-    share = processes.share_of(mesh, batch_size)
+    share = processes.local_share(mesh, batch_size)
     sums = total(
         train_lib.lower_evaluate(task, batch_size, mesh).compile(),
         train_lib.replicate(mesh, weights),

@@ -167,7 +167,7 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
-def from_lead(tree: Any) -> Any:
+def broadcast_from_lead(tree: Any) -> Any:
     """Process 0's tree of host arrays, in every process; the others pass one of the same shapes."""
     if not is_several():
         return tree
@@ -183,7 +183,7 @@ def from_lead(tree: Any) -> Any:
     return jax.tree.unflatten(structure, arrays)
 
 
-def lead_does(function: Callable[[], Any]) -> Any:
+def run_on_lead(function: Callable[[], Any]) -> Any:
     """Runs a function in process 0; its result there, None elsewhere. If it fails, all fail.
 
     Raises:
@@ -195,7 +195,7 @@ def lead_does(function: Callable[[], Any]) -> Any:
             result = function()
         except Exception as caught:
             error = caught
-    failed = from_lead(np.array(error is not None))
+    failed = broadcast_from_lead(np.array(error is not None))
     if error is not None:
         raise error
     if failed:
@@ -208,8 +208,10 @@ def broadcast(value: Any) -> Any:
     if not is_several():
         return value
     text = np.frombuffer(json.dumps(value).encode() if is_lead() else b'', np.uint8)
-    size = int(from_lead(np.array(text.size)))
-    return json.loads(from_lead(text if is_lead() else np.zeros(size, np.uint8)).tobytes())
+    size = int(broadcast_from_lead(np.array(text.size)))
+    return json.loads(
+        broadcast_from_lead(text if is_lead() else np.zeros(size, np.uint8)).tobytes()
+    )
 
 
 def seed_from_lead(seed: int | None) -> int:
@@ -217,7 +219,7 @@ def seed_from_lead(seed: int | None) -> int:
     return broadcast(int.from_bytes(os.urandom(8), 'little') >> 1 if seed is None else seed)
 
 
-def share_of(mesh: Mesh, micro_batch: int) -> Share:
+def local_share(mesh: Mesh, micro_batch: int) -> Share:
     """This process's part of a batch over the mesh; its devices are neighbours there."""
     owners = [device.process_index for device in mesh.devices]
     per_device = micro_batch // len(owners)

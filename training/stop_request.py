@@ -52,10 +52,10 @@ class StopRequest:
         self.received, self._when = signal.Signals(number).name, time.monotonic()
 
     def listen(self) -> None:
-        """Handles the two signals from here on, to the end of the process.
+        """Handles SIGTERM and SIGINT until the process ends.
 
-        To its end, for a process may be asked to stop after it has learned of it from another one,
-        and must not lose its exit status over it.
+        A process may get the signal after it has learned of the stop from another process; the
+        signal must not change its exit status.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)

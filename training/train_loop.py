@@ -220,7 +220,7 @@ class Run:
                 return Outcome.REACHED
         return Outcome.MISSED
 
-    def to_the_end(self) -> Outcome:
+    def finish(self) -> Outcome:
         """Trains and evaluates in turns until the target, the last epoch or a request to stop."""
         parts, saved = self.parts, True
         self._clock.lap()
@@ -256,8 +256,10 @@ def set_up(
 ) -> Run:
     """Compiles a run's programs, and puts the state that it starts from on the devices."""
     template, step = model.template, begin.found.step
-    progress = processes.lead_does(lambda: Progress(workdir, plan, step)) or Progress(None, plan, 0)
-    saver = processes.lead_does(
+    progress = processes.run_on_lead(lambda: Progress(workdir, plan, step)) or Progress(
+        None, plan, 0
+    )
+    saver = processes.run_on_lead(
         lambda: CheckpointSaver(workdir / 'checkpoints', progress.say, begin.found.damaged)
     )
     for line in banner.lines(config, plan, dataset.digest, template.variables, workdir, step):
@@ -270,7 +272,7 @@ def set_up(
     )
     progress.say(f'compiled in {time.monotonic() - before:.1f} s')
     assert config.seed is not None
-    share = processes.share_of(mesh, plan.micro_batch)
+    share = processes.local_share(mesh, plan.micro_batch)
     parts = Parts(
         config=config,
         plan=plan,
@@ -284,10 +286,10 @@ def set_up(
         trace=Trace(workdir / 'profile', profile if saver else None, progress.say),
         watchdog=Watchdog(config.stall_seconds),
     )
-    tree = processes.lead_does(
+    tree = processes.run_on_lead(
         lambda: begin.saved(config, model.task, model.optimizer, model.head)
     ) or jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), train_lib.to_saved(template))
-    state = train_lib.from_saved(processes.from_lead(tree), template)
+    state = train_lib.from_saved(processes.broadcast_from_lead(tree), template)
     return Run(parts, train_lib.replicate(mesh, state))
 
 
@@ -315,21 +317,21 @@ def train_and_evaluate(
     model = Model.of(workload, config, plan, dataset)
     template = model.template
     is_new = not (workdir / 'config.json').exists()
-    weights = processes.lead_does(
+    weights = processes.run_on_lead(
         lambda: start.read_weights(config, template, model.head) if is_new else None
     )
-    recorded = processes.lead_does(lambda: work_directory.open_for(config, dataset, workdir))
+    recorded = processes.run_on_lead(lambda: work_directory.open_for(config, dataset, workdir))
     seed = processes.seed_from_lead(config.seed if recorded is None else recorded)
     config = dataclasses.replace(config, seed=seed)
-    log = processes.lead_does(lambda: EventLog(workdir / 'mlperf.log')) or EventLog(None)
-    processes.lead_does(lambda: log_check.check(log, config, plan, 0))
+    log = processes.run_on_lead(lambda: EventLog(workdir / 'mlperf.log')) or EventLog(None)
+    processes.run_on_lead(lambda: log_check.check(log, config, plan, 0))
     status = processes.broadcast(log.status)
     if status:
         return Outcome.REACHED if status == 'success' else Outcome.MISSED
-    begin = processes.lead_does(
+    begin = processes.run_on_lead(
         lambda: start.read(config, plan, template, model.head, workdir, log, weights)
     )
-    processes.lead_does(lambda: work_directory.record(config, dataset, workdir))
+    processes.run_on_lead(lambda: work_directory.record(config, dataset, workdir))
 
     log.cache_clear(config.drop_page_cache)
     log.init_start()
@@ -341,8 +343,8 @@ def train_and_evaluate(
     log.init_stop()
     log.run_start()
     run.parts.stop.listen()
-    outcome = run.to_the_end()
+    outcome = run.finish()
     if outcome is not Outcome.INTERRUPTED:
-        processes.lead_does(lambda: work_directory.check_still_there(workdir))
+        processes.run_on_lead(lambda: work_directory.check_still_there(workdir))
         log.run_stop(outcome is Outcome.REACHED)
     return outcome

@@ -22,7 +22,7 @@ parser.add_argument('--process_id', type=int)
 flags = parser.parse_args()
 processes.initialize(flags.coordinator, flags.num_processes, flags.process_id, timeout=300)
 config = harness.resolve('digits', flags.data_dir, seed=7)
-share = processes.share_of(train_lib.make_mesh(), config.global_batch_size)
+share = processes.local_share(train_lib.make_mesh(), config.global_batch_size)
 pipeline = images.pipeline(find_dataset('digits', flags.data_dir), config, 7, share)
 for step, batch in enumerate(pipeline.train(0, flags.steps)):
     for i in range(share.size):

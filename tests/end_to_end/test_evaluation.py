@@ -44,7 +44,7 @@ def test_evaluation_repeats_what_the_run_reported(reached, digits_dir, tmp_path)
     assert sorted(tmp_path.rglob('*')) == before
 
 
-def test_wrong_checkpoints_are_refused(reached, digits_dir, tmp_path):
+def test_wrong_checkpoints_are_rejected(reached, digits_dir, tmp_path):
     data = f'--config.data_dir={digits_dir}'
     assert '--config.init_from' in run('main.py', '--mode=eval', data, status=2)
     error = run('main.py', '--mode=eval', data, f'--config.init_from={tmp_path}', status=2)

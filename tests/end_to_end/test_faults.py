@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever ends a run, the same command goes on with it: real processes, real signals."""
+"""Whatever ends a run, the same command resumes it: real processes, real signals."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 TRAINING = 'step 10/'  # It has trained so far when it has said this.
 
 
-def test_a_signal_saves_and_leaves_and_a_damaged_checkpoint_is_passed_over(program, undisturbed):
+def test_a_signal_saves_and_leaves_and_a_damaged_checkpoint_is_skipped(program, undisturbed):
     run = program(**THREE_EPOCHS).start()
     run.until_said('step 25/')
     before = time.monotonic()

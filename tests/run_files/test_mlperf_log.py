@@ -128,7 +128,7 @@ def test_an_evaluation_that_is_done_again_counts_as_logged(tmp_path):
     assert mlperf_log.EventLog(None).eval_stop(evaluation, 0.98001) == 0.98001
 
 
-def test_a_log_that_is_no_text_is_told(tmp_path):
+def test_a_log_that_is_no_text_is_reported(tmp_path):
     (tmp_path / 'log').write_bytes(b':::MLLOG \xff\n')
     with pytest.raises(mlperf_log.LogError, match='is no text'):
         mlperf_log.EventLog(tmp_path / 'log')
@@ -256,7 +256,7 @@ def test_log_must_hold_what_a_run_up_to_its_checkpoint_has_written(tmp_path, int
                     assert f'a checkpoint of step {step}' in said
 
 
-def test_log_that_is_missing_is_told_where_there_is_a_checkpoint(tmp_path, interrupted):
+def test_log_that_is_missing_is_reported_where_there_is_a_checkpoint(tmp_path, interrupted):
     config, plan = interrupted
     check(tmp_path / 'none', config, plan, step=0)
     assert 'missing or empty' in rejection(tmp_path / 'none', config, plan)

@@ -196,7 +196,7 @@ def test_metrics_that_are_lost_end_the_run(tmp_path, loss):
         shown.training(2, TRAINING)
 
 
-def test_tensorboard_events_that_cannot_be_written_are_told_once(tmp_path, capsys, monkeypatch):
+def test_tensorboard_events_that_cannot_be_written_are_reported_once(tmp_path, capsys, monkeypatch):
     shown = progress.Progress(tmp_path, DIGITS, 0)
     assert list((tmp_path / 'tensorboard').glob('events*'))
 
@@ -214,7 +214,7 @@ def test_tensorboard_events_that_cannot_be_written_are_told_once(tmp_path, capsy
     assert [line['step'] for line in lines_of(tmp_path)] == [1, 2]
 
 
-def test_without_tensorboardx_metrics_are_written_and_it_is_told_once(
+def test_without_tensorboardx_metrics_are_written_and_it_is_reported_once(
     tmp_path, capsys, monkeypatch
 ):
     imported = builtins.__import__

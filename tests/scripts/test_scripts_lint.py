@@ -71,7 +71,7 @@ def test_help_from_another_folder_with_a_space(script, tmp_path):
 @pytest.mark.parametrize(
     'name', ['setup_env.sh', 'dev/lock_requirements.sh', 'dev/test_container.sh']
 )
-def test_unknown_arguments_are_refused(name):
+def test_unknown_arguments_are_rejected(name):
     result = subprocess.run(
         ['bash', ROOT / 'scripts' / name, '--nonsense'], capture_output=True, text=True
     )

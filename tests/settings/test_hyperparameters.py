@@ -66,7 +66,7 @@ def test_model_names_are_those_of_the_models():
         ({'seed': '-1'}, 'in [0, 2^63)'),
         ({'deterministic': 'maybe'}, "deterministic='maybe' is not of type bool"),
         ({'learning_rate': 'nan'}, 'learning_rate=nan is not of type float'),
-        ({'learning_rat': '1'}, 'learning_rat is no hyperparameter; did you mean learning_rate?'),
+        ({'learning_rat': '1'}, 'unknown hyperparameter learning_rat; did you mean learning_rate?'),
         ({'momentum': 'none'}, "momentum='none' is not of type float"),
         ({'optimizer': 'sgd'}, 'learning_rate=10.0 is given for optimizer=lars'),
         ({'optimizer': 'sgd', 'learning_rate': '1e-10'}, 'for SGD a multiple of 0.001'),
@@ -84,11 +84,11 @@ def test_model_names_are_those_of_the_models():
         ({'seed': '5'}, 'with seed=5 add --config.division=open, or --config.seed=none'),
     ],
 )
-def test_a_fault_names_field_value_and_rule(overrides, words):
+def test_an_error_names_field_value_and_rule(overrides, words):
     assert words in fault(overrides)
 
 
-def test_all_faults_are_told_at_once():
+def test_all_errors_are_reported_at_once():
     overrides = {'weight_decay': '0.0003', 'momentum': '0.5', 'bn_spam': '3', 'seed': 'x'}
     text = fault(overrides)
     for name in overrides:
@@ -103,7 +103,7 @@ def test_a_benchmark_that_is_not_here_is_rejected():
             resolve(dict(base) | change, {})
 
 
-def test_a_missing_field_is_told():
+def test_a_missing_field_is_reported():
     base = load('digits')
     del base['momentum']
     with pytest.raises(ConfigError, match='momentum is missing'):

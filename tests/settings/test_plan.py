@@ -64,7 +64,7 @@ def test_a_batch_that_does_not_fit_tells_what_does():
         plan(name='digits', num_train=1437, global_batch_size=2048)
 
 
-def test_a_span_that_a_device_does_not_hold_is_told():
+def test_a_span_that_a_device_does_not_hold_is_reported():
     with pytest.raises(ConfigError, match='more than the 64 examples that such a device holds'):
         plan(global_batch_size=4080, bn_span=204)
     assert plan(global_batch_size=4080, bn_span=204, per_device_batch=204).per_device_batch == 204

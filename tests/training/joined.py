@@ -30,7 +30,7 @@ def agrees():
     """What process 0 knows, all have; what it cannot do, none can."""
     tree = {'a': np.arange(3.0), 'b': (np.int32(-5), np.array([[True]])), 'c': np.ones(0)}
     lead = processes.is_lead()
-    got = processes.from_lead(tree if lead else jax.tree.map(np.zeros_like, tree))
+    got = processes.broadcast_from_lead(tree if lead else jax.tree.map(np.zeros_like, tree))
     same = jax.tree.map(lambda x, y: x.dtype == y.dtype and (x == y).all(), tree, got)
     assert all(jax.tree.leaves(same)), got
     for value in (None, True, 2**63 - 1, 'ä' * 1000, {'status': [1.5, 'aborted']}):
@@ -39,9 +39,9 @@ def agrees():
         assert type(got) is type(value)
     halves = np.array(divmod(processes.seed_from_lead(None), 2**32), np.uint32)
     assert np.ptp(multihost_utils.process_allgather(halves), axis=0).tolist() == [0, 0]
-    assert processes.lead_does(lambda: 7) == (7 if lead else None)
+    assert processes.run_on_lead(lambda: 7) == (7 if lead else None)
     try:
-        processes.lead_does(lambda: 1 // 0)
+        processes.run_on_lead(lambda: 1 // 0)
     except ZeroDivisionError:
         assert lead
     except processes.StartError:
@@ -50,10 +50,10 @@ def agrees():
 
 def fails(who):
     """One process, or all of them; the others wait for it."""
-    processes.from_lead(np.zeros(1))
+    processes.broadcast_from_lead(np.zeros(1))
     if who in ('all', str(jax.process_index())):
         raise errors.FailedError(f'process {jax.process_index()} failed')
-    processes.from_lead(np.zeros(1))
+    processes.broadcast_from_lead(np.zeros(1))
 
 
 def ends_late(seconds):

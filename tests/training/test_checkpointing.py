@@ -140,10 +140,12 @@ def test_a_half_written_checkpoint_is_not_used(two_saved, tmp_path):
     (tmp_path / '11').mkdir()
     tree, _ = restored(tmp_path)
     assert harness.is_same(tree, tree_at(7))
+    # Orbax removes it in the background, and has done so when the next save begins.
+    with_checkpoints(tmp_path, lambda c: c.save(tree_at(8), {'step': 8}))
     assert not (tmp_path / '9.orbax-checkpoint-tmp').exists()
 
 
-def test_a_run_goes_on_saving_after_a_damaged_checkpoint(two_saved, tmp_path):
+def test_a_run_continues_to_save_after_a_damaged_checkpoint(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / '7' / 'state')
 
@@ -225,7 +227,7 @@ def test_it_is_an_error_when_none_is_whole(two_saved, tmp_path):
     assert sorted(tmp_path.rglob('*')) == before
 
 
-def test_another_models_checkpoint_is_refused(two_saved):
+def test_another_models_checkpoint_is_rejected(two_saved):
     with pytest.raises(CheckpointError, match='another model or optimizer'):
         checkpointing.find(two_saved, template(model='resnet18_cifar', image_size=32))
 

@@ -70,7 +70,7 @@ def test_a_cluster_is_one_only_with_several_processes(monkeypatch, environment, 
     assert processes._in_cluster() is inside
 
 
-def test_half_the_arguments_are_refused():
+def test_half_the_arguments_are_rejected():
     with pytest.raises(processes.StartError, match='belong together'):
         processes.initialize('localhost:1', 2, None, timeout=1)
 
@@ -158,7 +158,7 @@ def test_shares_cover_a_batch_in_order(monkeypatch):
     shares = []
     for process in range(2):
         monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
-        shares.append(processes.share_of(mesh, 64))
+        shares.append(processes.local_share(mesh, 64))
     assert [(s.start, s.size, s.whole) for s in shares] == [(0, 32, 64), (32, 32, 64)]
 
 

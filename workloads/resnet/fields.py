@@ -87,7 +87,7 @@ def _smaller_span(name: str, span: int, chosen: int | None) -> str:
         return ''
     return (
         f' (bn_span={span} is more than the {ACCELERATORS[name]} examples that such a device '
-        f'holds); use a smaller span, another accelerator or, to try it all the same, '
+        f'holds); use a smaller span, another accelerator or, to try anyway, '
         f'--config.per_device_batch={span}'
     )
 

@@ -123,7 +123,7 @@ def test_a_manifest_of_any_content_gives_no_digest(folder, text):
 
 
 @pytest.mark.parametrize('name', ['1.0.0.bak', '1.0.0-old', 'copy', '1.0.0 (2)', '٣.0.0'])
-def test_folders_that_are_no_version_are_passed_over(folder, name):
+def test_folders_that_are_no_version_are_skipped(folder, name):
     shutil.copytree(folder, folder.with_name(name))
     assert newest_version('digits', folder.parents[1]) == folder
     shutil.rmtree(folder)

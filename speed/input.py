@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast training batches are made from JPEG records: this pipeline, its ceiling, and its peers.
 
-    python -m speed.input_pipeline JPEGS [--peers=DIR]
+    python -m speed.input JPEGS [--peers=DIR]
 
 JPEGS is a folder of ImageNet-like files *.JPEG (a few hundred; they stay in the page cache).
 --peers names the virtual environment made from speed/requirements-input.txt; without it only this
@@ -64,10 +64,7 @@ def main() -> None:
         arguments = folder, str(flags.size), str(flags.batch)
         workers = {
             name: Contestant(
-                'speed.input_workers',
-                *(name, *arguments),
-                python=python,
-                environment={'JAX_PLATFORMS': 'cpu'},
+                'speed.input_workers', name, *arguments, python=python, JAX_PLATFORMS='cpu'
             )
             for name, python in pythons.items()
         }
