@@ -57,7 +57,8 @@ def outputs_and_gradients(dtype, variables, images, weights, device):
         gradient, logits = jax.grad(total, has_aux=True)(variables['params'])
         return logits, gradient
 
-    own = jnp.eye(len(images), dtype=dtype)[..., None] * weights  # Zero for the other examples.
+    # Zero for the other examples.
+    own = jnp.eye(len(images), dtype=dtype)[..., None] * weights[None]
     results = [jax.device_get(program(variables, images, each)) for each in own]
     return [(logits[i], gradient) for i, (logits, gradient) in enumerate(results)]
 
