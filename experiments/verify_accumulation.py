@@ -30,7 +30,7 @@ from settings import backend
 from settings.plan import Plan
 from tests import harness
 from training import evaluation, processes
-from training.train_loop import Model
+from training.run import Model
 from training.workload import plan_of
 from workloads.resnet import optimizers
 from workloads.resnet.fields import ResNetConfig

@@ -5,8 +5,8 @@
 
 Every process gets --coordinator (a free port of the loopback device), --num_processes and
 --process_id, and sees one GPU, or one CPU device; where there are fewer than N usable GPUs the run
-is rejected. Lines that they print are prefixed with their number. SIGTERM and SIGINT
-are passed on to all. When a process fails, the others have a moment to end by themselves, then get
+is rejected. Lines that they print are prefixed with their number. SIGTERM and SIGINT are passed on
+to all. When a process fails, the others have a moment to end by themselves, then get
 SIGTERM, then SIGKILL, so nothing is left behind; should this program itself be killed, the system
 sends them SIGTERM. The exit status is that of the first process that failed (main.py says what it
 means; 3 for one that a signal ended, but 75 for SIGALRM: the run hung, and can be resumed), else

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from settings import hyperparameters, loading
 from settings.plan import Plan
-from training.train_loop import Model
+from training.run import Model
 from training.workload import plan_of
 from workloads.resnet.fields import ResNetConfig
 from workloads.resnet.records import Dataset, find_dataset

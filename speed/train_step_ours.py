@@ -31,7 +31,8 @@ from run_files.mlperf_log import EventLog
 from settings import backend
 from speed import cases, contestants
 from training import start
-from training.train_loop import Run, set_up
+from training.run import Run
+from training.train_loop import set_up
 from workloads.resnet.workload import WORKLOAD
 
 

@@ -25,8 +25,8 @@ def configure() -> None:
 def keep(folder: Path) -> None:
     """Keeps compiled programs in a folder that all processes see; otherwise none are kept.
 
-    The processes of a run tune a program's kernels together. If one found the program in its cache,
-    the others would wait for it until XLA's timeout, a day.
+    On GPUs, XLA has the processes of a run tune a program's kernels together. If one found the
+    program in its cache, the others would wait a day for its part.
     """
     if processes.is_several():
         mark = folder / f'seen-by-all-{processes.broadcast(os.urandom(8).hex())}'

@@ -181,7 +181,7 @@ def test_a_save_returns_before_anything_is_written(tmp_path, monkeypatch):
     assert not reports
 
 
-def test_closing_says_whether_the_last_save_landed(tmp_path, monkeypatch, capfd):
+def test_closing_says_whether_the_last_save_succeeded(tmp_path, monkeypatch, capfd):
     reports = []
     checkpoints = CheckpointSaver(tmp_path / 'good', reports.append)
     checkpoints.save(tree_at(1), {})
