@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pure core of training: the state, one training step, one evaluation step.
 
-Steps are written for one device's slice of a batch and lifted over all devices by `shard_map` on
-a mesh of one axis, "data". The programs of a run are compiled ahead of time, from shapes alone.
-Nothing here touches a file, a clock or a log.
+Steps are written for one device's micro-batch, on a mesh of one axis, "data". A micro-batch has the
+same number of examples on any hardware, and what it yields is added up over devices and micro-steps
+exactly (exact_sums.py), so a step's result depends on neither. Nothing here touches a file, a clock
+or a log.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.serialization
@@ -17,18 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.flatten_util import ravel_pytree
+
+import exact_sums
+from exact_sums import FixedPoint
 
 AXIS = 'data'
-REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
+
+# What an element of a micro-batch's gradient, of its statistics and its metrics, and the loss of an
+# evaluated example may be in magnitude. The smaller, the finer the sums: see `FixedPoint`.
+LARGEST_GRADIENT, LARGEST_VALUE = 2.0**12, 2.0**24
+EVALUATED = FixedPoint(2.0**16, 2**16)  # Examples of all devices in one evaluation batch.
 
 # Dynamic loss scaling (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2), float16 only.
 INITIAL_LOSS_SCALE, LARGEST_LOSS_SCALE = 2.0**15, 2.0**24
 STEPS_TO_DOUBLE_LOSS_SCALE = 2000
 
-# Whether loss and gradient are finite (if not, the state has not moved at all), the learning rate
-# of the optimizer step, and the loss scale after it.
-OWN_METRICS = ('finite', 'learning_rate', 'loss_scale')
 
 Variables = dict[str, Any]  # {'params': …} and the collections of statistics, if there are any.
 
@@ -60,19 +67,43 @@ class Task(Protocol):
         """
 
     def evaluate(self, variables: Variables, batch: Any) -> dict[str, jax.Array]:
-        """Sums over an evaluation batch; examples that only fill it up count for nothing.
+        """What is added up over the evaluation set, for every example of a batch.
 
-        One of them is 'examples': how many counted.
+        Floating-point numbers, integers or truth values, [N]; those of an example that only fills
+        up the batch are 0. One of them is 'examples': whether it counts.
         """
 
     def quality(self, sums: Mapping[str, Any]) -> dict[str, float]:
-        """The evaluation's results from the sums over the whole set."""
+        """The evaluation's results from the sums over the whole set: Python's numbers."""
+
+
+class Model(NamedTuple):
+    """What is learnt and how.
+
+    Attributes:
+      task: the model with its loss and metrics.
+      optimizer: of weights and running statistics, from `accumulated`.
+      schedule: the learning rate that it uses, by optimizer step.
+      micro_batches: in an optimizer step, over all devices and micro-steps.
+    """
+
+    task: Task
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    micro_batches: int
 
 
 class LossScale(NamedTuple):
-    """The factor on the loss, and how many optimizer steps in a row it has not overflowed."""
+    """The factor on the loss.
+
+    Attributes:
+      value: that every micro-batch of this optimizer step tries first.
+      lowest: that one of them needed.
+      good_steps: optimizer steps in a row in which none needed a smaller one.
+    """
 
     value: jax.Array
+    lowest: jax.Array
     good_steps: jax.Array
 
 
@@ -84,11 +115,15 @@ class TrainState:
       variables: of the model, fp32; weights and running statistics.
       opt_state: of `optax.MultiSteps`; between optimizer steps its accumulator is zero.
       loss_scale: 1 and constant unless the dtype is float16.
+      rejected: int32, for the collections of variables by name, and for the metrics: 0 or, if what
+        was to be added up was not finite or out of range, the place of such an element, from 1.
+        Then nothing else of the state moves any more.
     """
 
     variables: Variables
     opt_state: optax.MultiStepsState
     loss_scale: LossScale
+    rejected: jax.Array
 
     @property
     def step(self) -> jax.Array:
@@ -96,10 +131,60 @@ class TrainState:
         return self.opt_state.gradient_step
 
 
-def accumulated(transformation: optax.GradientTransformation, steps: int) -> optax.MultiSteps:
-    """An optimizer that is fed micro-batches, and moves the variables at every `steps`-th one."""
-    # The accumulator is fp32, but for tests in fp64.
-    return optax.MultiSteps(transformation, steps, accumulator_dtype=float)
+def _formats(variables: Mapping[str, Any], micro_batches: int) -> dict[str, FixedPoint]:
+    """Of the sums over an optimizer step, by collection of the variables."""
+    return {
+        name: FixedPoint(LARGEST_GRADIENT if name == 'params' else LARGEST_VALUE, micro_batches)
+        for name in variables
+    }
+
+
+def _metric_format(micro_batches: int) -> FixedPoint:
+    """Of the sums of the task's metrics over an optimizer step."""
+    return FixedPoint(LARGEST_VALUE, micro_batches)
+
+
+def accumulated(
+    transformation: optax.GradientTransformation, steps: int, micro_batches: int
+) -> optax.GradientTransformation:
+    """An optimizer that is fed sums over the devices, and moves the variables every `steps` times.
+
+    Args:
+      transformation: is fed averages over the whole batch.
+      steps: micro-steps in an optimizer step.
+      micro_batches: in an optimizer step, over all devices and micro-steps.
+
+    Returns:
+      `optax.MultiSteps` with an int64 accumulator, one vector for every collection of variables.
+    """
+    # Optax needs JAX's 64-bit types for integers, but what it accumulates for does not.
+    wide, default = jax.enable_x64(True), jax.enable_x64(jax.enable_x64.value)
+
+    @default
+    def update(sums, state, variables):
+        formats, means = _formats(variables, micro_batches), {}
+        for name, collection in variables.items():
+            vector, unpack = ravel_pytree(collection)
+            means[name] = unpack(formats[name].mean(sums[name], vector.dtype))
+        return transformation.update(means, state, variables)
+
+    with wide:
+        multi_steps = optax.MultiSteps(
+            optax.GradientTransformation(default(transformation.init), update),
+            steps,
+            use_grad_mean=False,
+            accumulator_dtype=jnp.int64,
+        )
+
+    @wide
+    def init(variables):
+        zeros = {
+            name: jnp.zeros(sum(x.size for x in jax.tree.leaves(collection)), jnp.int64)
+            for name, collection in variables.items()
+        }
+        return multi_steps.init(variables)._replace(acc_grads=zeros)
+
+    return optax.GradientTransformation(init, wide(multi_steps.update))
 
 
 def init_key(seed: int) -> jax.Array:
@@ -107,51 +192,59 @@ def init_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed >> 32), seed & 0xFFFFFFFF)
 
 
-def create_train_state(key: jax.Array, task: Task, optimizer: optax.MultiSteps) -> TrainState:
+def create_train_state(key: jax.Array, model: Model) -> TrainState:
     """The state at step 0. Pure: the same key gives the same state, bit for bit."""
-    variables = dict(task.init(key))
-    scale = INITIAL_LOSS_SCALE if task.dtype == 'float16' else 1.0
+    variables = dict(model.task.init(key))
+    scale = jnp.float32(INITIAL_LOSS_SCALE if model.task.dtype == 'float16' else 1.0)
     return TrainState(
-        variables, optimizer.init(variables), LossScale(jnp.float32(scale), jnp.int32(0))
+        variables,
+        model.optimizer.init(variables),
+        LossScale(scale, scale, jnp.int32(0)),
+        jnp.zeros(len(variables) + 1, jnp.int32),
     )
 
 
-def initial_state(seed: int, task: Task, optimizer: optax.MultiSteps) -> TrainState:
-    """The state at step 0 as host arrays, computed on this process's first device."""
-    create = functools.partial(create_train_state, task=task, optimizer=optimizer)
+def initial_state(seed: int, model: Model) -> dict[str, Any]:
+    """The state at step 0 as `to_saved`, host arrays, computed on this process's first device."""
     # It runs once. Fully optimised, it would take a third of the time that a run takes to compile.
-    program = jax.jit(create, compiler_options={'xla_backend_optimization_level': 1})
+    program = jax.jit(
+        lambda key: to_saved(create_train_state(key, model)),
+        compiler_options={'xla_backend_optimization_level': 1},
+    )
     return jax.device_get(program(init_key(seed)))
 
 
-def abstract_state(task: Task, optimizer: optax.MultiSteps) -> TrainState:
+def abstract_state(model: Model) -> TrainState:
     """The state as shapes and dtypes."""
-    create = functools.partial(create_train_state, task=task, optimizer=optimizer)
-    return jax.eval_shape(create, jax.eval_shape(lambda: jax.random.key(0)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(functools.partial(create_train_state, model=model), key)
 
 
 def to_saved(state: TrainState) -> dict[str, Any]:
     """What is worth keeping of a state between two optimizer steps, as nested dicts.
 
-    The accumulator is left out: it is zero there, and must not tie a checkpoint to a number of
-    accumulation steps.
+    What an optimizer step gathers over its micro-steps is left out: it is as at the start, and must
+    not tie a checkpoint to a number of accumulation steps.
     """
+    scale = state.loss_scale
     return {
         'variables': state.variables,
         'opt_state': flax.serialization.to_state_dict(state.opt_state.inner_opt_state),
-        'loss_scale': state.loss_scale._asdict(),
+        'loss_scale': {'value': scale.value, 'good_steps': scale.good_steps},
         'step': state.step,
     }
 
 
 def from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:
     """The inverse of `to_saved`, for a run whose state has the shapes and dtypes of `template`."""
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), template.opt_state)
-    inner = flax.serialization.from_state_dict(zeros.inner_opt_state, saved['opt_state'])
-    return TrainState(
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), template)
+    inner = flax.serialization.from_state_dict(zeros.opt_state.inner_opt_state, saved['opt_state'])
+    scale = saved['loss_scale']
+    return dataclasses.replace(
+        zeros,
         variables=saved['variables'],
-        opt_state=zeros._replace(inner_opt_state=inner, gradient_step=saved['step']),
-        loss_scale=LossScale(**saved['loss_scale']),
+        opt_state=zeros.opt_state._replace(inner_opt_state=inner, gradient_step=saved['step']),
+        loss_scale=LossScale(scale['value'], scale['value'], scale['good_steps']),
     )
 
 
@@ -185,151 +278,133 @@ def _until_finite(attempt: Callable[[jax.Array], Any], scale: jax.Array) -> tupl
 
 def _next_scale(old: LossScale, used: jax.Array, is_whole: jax.Array) -> LossScale:
     """The loss scale after a micro-step that used `used`, and may have ended an optimizer step."""
-    good_steps = jnp.where(used < old.value, 0, old.good_steps + is_whole.astype(jnp.int32))
+    lowest = jnp.minimum(old.lowest, used)
+    good_steps = jnp.where(lowest < old.value, 0, old.good_steps + 1)
     double = good_steps >= STEPS_TO_DOUBLE_LOSS_SCALE
-    return LossScale(
-        jnp.where(double, jnp.minimum(2 * used, LARGEST_LOSS_SCALE), used),
-        jnp.where(double, 0, good_steps),
-    )
+    following = jnp.where(double, jnp.minimum(2 * lowest, LARGEST_LOSS_SCALE), lowest)
+    ended = LossScale(following, following, jnp.where(double, 0, good_steps))
+    under_way = old._replace(lowest=lowest)
+    return jax.tree.map(lambda a, b: jnp.where(is_whole, a, b), ended, under_way)
 
 
 def train_step(
-    state: TrainState,
-    batch: Any,
-    *,
-    task: Task,
-    optimizer: optax.MultiSteps,
-    schedule: optax.Schedule,
+    state: TrainState, batch: Any, *, model: Model
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One micro-step; every `accumulation_steps`-th one moves the weights.
+    """One micro-step; the last one of an optimizer step moves the weights.
 
     Args:
       state: replicated; donated when compiled.
-      batch: one device's slice of the micro-batch.
-      task: the loss and its metrics.
-      optimizer: of weights and running statistics, from `accumulated`.
-      schedule: the learning rate that it uses, by optimizer step.
+      batch: one device's micro-batch.
+      model: what is learnt.
 
     Returns:
-      The new state, and metrics: the task's, averaged over all devices, and those of `OWN_METRICS`.
+      The new state, and metrics for `measured`.
     """
-    params = state.variables['params']
-    running = {name: tree for name, tree in state.variables.items() if name != 'params'}
+    # Between the barriers is the same program for any number of devices and micro-steps; without
+    # them XLA would fuse, and so round, differently.
+    variables, batch = lax.optimization_barrier((state.variables, batch))
+    params = variables['params']
+    running = {name: tree for name, tree in variables.items() if name != 'params'}
 
     def attempt(scale):
         def scaled_loss(params):
-            loss, aux = task.train_loss({'params': params, **running}, batch)
+            loss, aux = model.task.train_loss({'params': params, **running}, batch)
             return loss * scale, aux
 
         grads, (metrics, statistics) = jax.grad(scaled_loss, has_aux=True)(params)
         grads = jax.tree.map(lambda g: g / scale, grads)
-        return lax.pmean(({'params': grads, **statistics}, metrics), AXIS)
+        return {'params': grads, **statistics}, metrics
 
-    if task.dtype == 'float16':
-        scale, (gradient, metrics) = _until_finite(attempt, state.loss_scale.value)
+    if model.task.dtype == 'float16':
+        scale, found = _until_finite(attempt, state.loss_scale.value)
     else:
-        scale, (gradient, metrics) = state.loss_scale.value, attempt(state.loss_scale.value)
-
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.variables)
-    finite = _all_finite((updates, metrics))
-    new = TrainState(
+        scale, found = state.loss_scale.value, attempt(state.loss_scale.value)
+    found, metrics = lax.optimization_barrier(found)
+    # As one vector a collection: hundreds of small arrays would be as many kernels, several times.
+    packed = {name: ravel_pytree(collection)[0] for name, collection in found.items()}
+    formats = _formats(packed, model.micro_batches)
+    total, rejected = exact_sums.psum(packed, formats, AXIS)
+    metrics, unclear = exact_sums.psum(metrics, _metric_format(model.micro_batches), AXIS)
+    total = lax.optimization_barrier(total)
+    rejected = jnp.maximum(state.rejected, jnp.append(rejected, unclear.max()))
+    updates, opt_state = model.optimizer.update(total, state.opt_state, state.variables)
+    moved = TrainState(
         optax.apply_updates(state.variables, updates),
         opt_state,
-        _next_scale(state.loss_scale, scale, opt_state.mini_step == 0)
-        if task.dtype == 'float16'
+        _next_scale(state.loss_scale, lax.pmin(scale, AXIS), opt_state.mini_step == 0)
+        if model.task.dtype == 'float16'
         else state.loss_scale,
+        rejected,
     )
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-    own = (finite, schedule(state.step), new.loss_scale.value)
-    return new, metrics | dict(zip(OWN_METRICS, own, strict=True))
+    valid = ~rejected.any()
+    new = jax.tree.map(lambda a, b: jnp.where(valid, a, b), moved, state)
+    new = dataclasses.replace(new, rejected=rejected)
+    return new, {
+        'sums': metrics,
+        'largest_gradient': lax.pmax(jnp.abs(packed['params']).max(), AXIS),
+        'learning_rate': model.schedule(state.step),
+        'loss_scale': new.loss_scale.value,
+        'rejected': rejected,
+    }
 
 
-def eval_step(variables: Variables, batch: Any, *, task: Task) -> dict[str, jax.Array]:
-    """The task's sums over one evaluation batch of all devices."""
-    return lax.psum(task.evaluate(variables, batch), AXIS)
+def rejected_names(variables: Variables, rejected: Any) -> list[str]:
+    """What was not finite or out of range, from `TrainState.rejected` on the host, in words."""
+    *places, of_metrics = rejected.tolist()
+    words = ['a metric'] if of_metrics else []
+    for (kind, collection), place in zip(sorted(variables.items()), places, strict=True):
+        stop = 0
+        for name, array in exact_sums.named(collection):
+            start, stop = stop, stop + array.size
+            if start < place <= stop:
+                words.append(f'gradient of {name}' if kind == 'params' else f'{kind} {name}')
+    return words
 
 
-class Programs(NamedTuple):
-    """A run's compiled programs.
+def measured(micro_steps: Sequence[Mapping[str, Any]], micro_batches: int) -> dict[str, float]:
+    """The metrics of an optimizer step, from those of its micro-steps, on the host.
 
-    `train(state, batch)` and `evaluate(variables, batch)` take and give arrays on the mesh: state
-    and results replicated, batches split along their first axis.
+    Returns:
+      By name the task's, averaged over the batch and rounded once; 'largest_gradient', the largest
+      element of a micro-batch's gradient in magnitude; 'learning_rate', and the 'loss_scale' of the
+      next step.
     """
-
-    mesh: Mesh
-    train: jax.stages.Compiled
-    evaluate: jax.stages.Compiled
-
-
-def make_mesh() -> Mesh:
-    """All devices of all processes in a row."""
-    return Mesh(np.array(jax.devices()), (AXIS,))
-
-
-def split(mesh: Mesh, local: Any) -> Any:
-    """Puts this process's part of a batch on its devices (asynchronous)."""
-    sharding = NamedSharding(mesh, SHARDED)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+    *_, last = micro_steps
+    sums = jax.tree.map(lambda *parts: sum(map(int, parts)), *(m['sums'] for m in micro_steps))
+    form = _metric_format(micro_batches)
+    return {name: form.value(total, micro_batches) for name, total in sums.items()} | {
+        'largest_gradient': max(float(m['largest_gradient']) for m in micro_steps),
+        'learning_rate': float(last['learning_rate']),
+        'loss_scale': float(last['loss_scale']),
+    }
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Puts a tree of host arrays, the same in every process, on all devices."""
-    sharding = NamedSharding(mesh, REPLICATED)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x, np.shape(x)), tree
-    )
+def eval_step(variables: Variables, batch: Any, *, task: Task) -> dict[str, dict[str, jax.Array]]:
+    """The task's sums over one evaluation batch of all devices.
 
-
-def lifted(step: Callable, mesh: Mesh, **options: Any) -> jax.stages.Wrapped:
-    """A step for one device's slice, as a program for the whole mesh.
-
-    The replication checker of `shard_map` is off: with it, the gradient by a replicated weight is
-    summed over the devices implicitly, and here the average is taken explicitly.
+    Returns:
+      By name the 'counts' of integers and truth values, the 'amounts' of floating-point numbers in
+      the format `EVALUATED`, both int64, and not 0 in 'rejected' if one of these was.
     """
-    over_all = jax.shard_map(
-        step, mesh=mesh, in_specs=(REPLICATED, SHARDED), out_specs=REPLICATED, check_vma=False
-    )
-    return jax.jit(over_all, **options)
+    found = task.evaluate(*lax.optimization_barrier((variables, batch)))
+    amounts = {n: x for n, x in found.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    sums = {
+        'counts': {n: exact_sums.total(x) for n, x in found.items() if n not in amounts},
+        'amounts': {n: exact_sums.total(EVALUATED.encode(x)) for n, x in amounts.items()},
+        'rejected': {n: EVALUATED.rejected(x) for n, x in amounts.items()},
+    }
+    return lax.psum(sums, AXIS)
 
 
-def _placed(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
+def evaluated(batches: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
+    """The sums over an evaluation set, from those that `eval_step` gave, on the host.
 
-
-def lower_train(
-    task: Task,
-    optimizer: optax.MultiSteps,
-    schedule: optax.Schedule,
-    micro_batch: int,
-    mesh: Mesh,
-) -> jax.stages.Lowered:
-    """The training step for batches of `micro_batch` examples, uncompiled."""
-    step = functools.partial(train_step, task=task, optimizer=optimizer, schedule=schedule)
-    state = _placed(mesh, REPLICATED, abstract_state(task, optimizer))
-    batch = _placed(mesh, SHARDED, task.abstract_batch(micro_batch))
-    return lifted(step, mesh, donate_argnums=0).lower(state, batch)
-
-
-def lower_evaluate(task: Task, batch_size: int, mesh: Mesh) -> jax.stages.Lowered:
-    """The evaluation step for batches of `batch_size` examples, uncompiled."""
-    variables = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
-    return lifted(functools.partial(eval_step, task=task), mesh).lower(
-        _placed(mesh, REPLICATED, dict(variables)),
-        _placed(mesh, SHARDED, task.abstract_batch(batch_size)),
-    )
-
-
-def compile_steps(
-    task: Task,
-    optimizer: optax.MultiSteps,
-    schedule: optax.Schedule,
-    micro_batch: int,
-    mesh: Mesh,
-) -> Programs:
-    """Compiles a run's programs for batches of `micro_batch` examples."""
-    return Programs(
-        mesh,
-        lower_train(task, optimizer, schedule, micro_batch, mesh).compile(),
-        lower_evaluate(task, micro_batch, mesh).compile(),
-    )
+    Returns:
+      By name integers, and numbers that were rounded once; NaN where one was NaN or out of range.
+    """
+    totals = jax.tree.map(lambda *parts: sum(map(int, parts)), *batches)
+    amounts = {
+        name: math.nan if totals['rejected'][name] else EVALUATED.value(total)
+        for name, total in totals['amounts'].items()
+    }
+    return totals['counts'] | amounts

@@ -26,7 +26,8 @@ def get_config(optimizer: str = 'lars') -> ConfigDict:
     config.augmentation = 'pad_crop_flip'
 
     config.global_batch_size = 512
-    config.bn_span = 32  # Accumulates in up to 16 micro-steps on one device.
+    config.micro_batch_size = 64
+    config.bn_span = 32
     config.optimizer = optimizer
     config.learning_rate = {'lars': 6.0, 'sgd': 0.4}[optimizer]
     config.warmup_epochs = 5.0

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
 
     config.model = 'resnet8_cifar'
     config.global_batch_size = 128
+    config.micro_batch_size = 32
     config.learning_rate = 6.0
     config.warmup_epochs = 0.3
     config.decay_steps = 1055  # With the warm-up, 3 epochs.

@@ -22,8 +22,6 @@ def base() -> ConfigDict:
     config.seed = None
     config.init_from = None
 
-    config.accelerator = 'any'
-    config.per_device_batch = None
     config.data_threads = None
     config.data_processes = 0
     config.cache_gib = 1.0

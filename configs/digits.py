@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.augmentation = 'pad_crop'
 
     config.global_batch_size = 128
+    config.micro_batch_size = 16
     config.bn_span = 16
     config.optimizer = 'lars'
     config.learning_rate = 8.0

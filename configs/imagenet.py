@@ -7,10 +7,11 @@ optimizer that the rules allow, with the rate that Goyal et al. 2017 (arXiv:1706
 the batch, 0.1 for 256, and their weight decay. It has no official reference point, and no run of it
 has been made.
 
-The accelerator decides how many images a device holds at a time, and so in how many steps the batch
-is accumulated; the result does not depend on it.
+Every device computes micro_batch_size images at a time, and the batch is accumulated in as many
+steps as it takes. A GPU with more memory is faster with a larger one (docs/performance.md); the
+result then differs by rounding.
 
-Run: scripts/run_and_time.sh configs/imagenet.py --config.accelerator=v100-16gb
+Run: scripts/run_and_time.sh configs/imagenet.py
 """
 
 from ml_collections import ConfigDict
@@ -37,6 +38,7 @@ def get_config(optimizer: str = 'lars') -> ConfigDict:
     config.augmentation = 'crop_resize'
 
     config.global_batch_size = 4096
+    config.micro_batch_size = 64  # A GPU of 16 GB holds it in fp32.
     config.bn_span = 64
     config.optimizer = 'lars'
     config.learning_rate = 10.0
@@ -58,7 +60,6 @@ def get_config(optimizer: str = 'lars') -> ConfigDict:
         config.weight_decay = 0.00005  # SGD takes 2λ·w.
         config.max_epochs = 72
 
-    config.accelerator = 'v100-16gb'
     config.drop_page_cache = True
     config.checkpoint_every_steps = -(-1_281_167 // config.global_batch_size)  # One an epoch.
     config.division = 'closed'

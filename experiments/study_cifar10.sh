@@ -64,7 +64,7 @@ accumulated() {
         attempt env CUDA_VISIBLE_DEVICES="$gpu" "$python" "$ROOT/main.py" \
             --config=configs/cifar10.py "--workdir=$folder/$seed" \
             "--config.data_dir=$data_dir" "--config.dtype=$dtype" "--config.seed=$seed" \
-            "--config.per_device_batch=$((512 / $1))"
+            "--config.micro_batch_size=$((512 / $1))"
     done
     "$python" "$ROOT/scripts/report.py" "$folder"
 }

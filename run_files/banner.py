@@ -51,7 +51,7 @@ def lines(
         'devices': f'{len(devices)} × {devices[0].device_kind}',
         'processes': str(jax.process_count()),
         'batch': f'{plan.global_batch_size} {plan.course.examples} = {plan.num_devices} device(s) '
-        f'× {plan.per_device_batch} × {plan.accumulation_steps} accumulation step(s)',
+        f'× {plan.micro_batch_size} × {plan.accumulation_steps} accumulation step(s)',
         'precision': config.dtype,
         'model': f'{config.model}, {parameters:,} parameters',
         'data set': f'{config.dataset}: {plan.num_train:,} {plan.course.examples} to train, '

@@ -72,6 +72,16 @@ class Config:
     global_batch_size: int = field(
         POSITIVE, 'Examples per optimizer step.', log_key='global_batch_size'
     )
+    micro_batch_size: int = field(
+        Rule(
+            '> 0 and divides global_batch_size',
+            lambda value, batch: value > 0 and batch % value == 0,
+            ('global_batch_size',),
+            lambda value, batch: f' (global_batch_size={batch})',
+        ),
+        'Examples that a device computes at a time (docs/performance.md: what fits a GPU). '
+        'Another number is the same mathematics with other rounding.',
+    )
     optimizer: str = field(TEXT, 'The optimizer.', log_key='opt_name')
     dtype: str = field(DTYPES, 'Of activations and convolutions; all else is float32 always.')
     seed: int | None = field(
@@ -84,9 +94,6 @@ class Config:
         PATH, 'Checkpoint whose weights the run starts from; none: random ones.'
     )
 
-    per_device_batch: int | None = _hardware(
-        POSITIVE, 'Examples per device and micro-step; none: the largest that fits.'
-    )
     data_processes: int = _hardware(
         WORKERS_OR_NONE, 'Decoding processes per training process; 0: threads alone.'
     )

@@ -79,23 +79,8 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceBatch:
-    """What a device can take at a time.
-
-    Attributes:
-      multiple_of: it takes a multiple of so many examples.
-      field: the configuration's field with that number.
-      largest: examples that are taken at most, if the configuration does not say.
-    """
-
-    multiple_of: int
-    field: str
-    largest: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Course:
-    """What a workload decides about a run, whatever the devices.
+    """What a workload decides about a run.
 
     Attributes:
       evaluations: in order; the last one ends the run.
@@ -103,7 +88,6 @@ class Course:
       unit: what evaluations are counted in: 'epoch', or what its examples are called.
       examples_per_unit: of one such unit.
       examples: what the examples are called.
-      device_batch: what a device can take at a time.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -111,30 +95,27 @@ class Course:
     unit: str
     examples_per_unit: int
     examples: str
-    device_batch: DeviceBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run's arithmetic. B = D·M·k: only `per_device_batch` and `accumulation_steps` change with
-    the number of devices; everything that decides what is computed does not.
+    """A run's arithmetic. B = G·D·k: the number of devices D, and with it k, decides how long a run
+    takes; what is computed depends on neither.
 
     Attributes:
       course: what the workload decides.
       num_train, num_eval: examples in the two sets.
       global_batch_size: B, examples per optimizer step.
+      micro_batch_size: G, examples that a device computes at a time.
       num_devices: D.
-      per_device_batch: M, examples per device and micro-step.
-      accumulation_steps: k, micro-steps per optimizer step.
     """
 
     course: Course
     num_train: int
     num_eval: int
     global_batch_size: int
+    micro_batch_size: int
     num_devices: int
-    per_device_batch: int
-    accumulation_steps: int
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -147,9 +128,19 @@ class Plan:
         return self.course.target
 
     @property
-    def micro_batch(self) -> int:
-        """Examples of one micro-step over all devices, D·M."""
-        return self.num_devices * self.per_device_batch
+    def micro_batches(self) -> int:
+        """Micro-batches per optimizer step, D·k."""
+        return self.global_batch_size // self.micro_batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """k, micro-steps per optimizer step; in each, every device computes a micro-batch."""
+        return self.micro_batches // self.num_devices
+
+    @property
+    def micro_step_size(self) -> int:
+        """Examples of one micro-step, G·D."""
+        return self.micro_batch_size * self.num_devices
 
     @property
     def total_steps(self) -> int:
@@ -161,37 +152,6 @@ class Plan:
         return step * self.global_batch_size / self.course.examples_per_unit
 
 
-def _per_device_batch(config: Config, limits: DeviceBatch, num_devices: int) -> int:
-    """The configured per-device batch, or the largest that fits the devices.
-
-    Raises:
-      ConfigError: naming the batches that would fit.
-    """
-    batch, multiple = config.global_batch_size, limits.multiple_of
-    quantum = multiple * num_devices
-    if batch % quantum:
-        near = sorted({max(batch // quantum, 1) * quantum, (batch // quantum + 1) * quantum})
-        raise ConfigError(
-            f'global_batch_size={batch} is not a multiple of {limits.field} × devices = '
-            f'{multiple} × {num_devices} = {quantum}; nearest that are: '
-            f'{", ".join(map(str, near))}. To keep the batch, use a number of devices that divides '
-            f'global_batch_size / {limits.field} = {batch // multiple}.'
-        )
-    share = batch // num_devices
-    fitting = [m for m in range(multiple, share + 1, multiple) if share % m == 0]
-    chosen = config.per_device_batch
-    if chosen is None:
-        return max(m for m in fitting if m <= max(limits.largest, multiple))
-    if chosen not in fitting:
-        raise ConfigError(
-            f'per_device_batch={chosen} does not fit: global_batch_size = devices × '
-            f'per_device_batch × accumulation steps, here {batch} on {num_devices} device(s), in '
-            f'multiples of {limits.field}={multiple}; those that fit: '
-            f'{", ".join(map(str, fitting))}.'
-        )
-    return chosen
-
-
 def make_plan(
     config: Config, course: Course, *, num_train: int, num_eval: int, num_devices: int
 ) -> Plan:
@@ -200,13 +160,21 @@ def make_plan(
     Raises:
       ConfigError: when the batch does not fit the devices.
     """
-    per_device_batch = _per_device_batch(config, course.device_batch, num_devices)
-    return Plan(
+    plan = Plan(
         course=course,
         num_train=num_train,
         num_eval=num_eval,
         global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
         num_devices=num_devices,
-        per_device_batch=per_device_batch,
-        accumulation_steps=config.global_batch_size // (num_devices * per_device_batch),
     )
+    if plan.micro_batches % num_devices:
+        fitting = [d for d in range(1, plan.micro_batches + 1) if plan.micro_batches % d == 0]
+        raise ConfigError(
+            f'global_batch_size / micro_batch_size = {config.global_batch_size} / '
+            f'{config.micro_batch_size} = {plan.micro_batches} micro-batches cannot be spread '
+            f'evenly over {num_devices} devices. Use a number of devices that divides them: '
+            f'{", ".join(map(str, fitting))}. What a run computes depends on both sizes, so to '
+            'change one is to start another run.'
+        )
+    return plan

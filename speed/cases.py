@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from settings import hyperparameters, loading
 from settings.plan import Plan
-from training.run import Model
-from training.workload import plan_of
+from train_lib import Model
+from training.workload import model_of, plan_of
 from workloads.resnet.fields import ResNetConfig
 from workloads.resnet.records import Dataset, find_dataset
 from workloads.resnet.workload import WORKLOAD
@@ -39,4 +39,4 @@ def prepare(
         sizes = (1_281_167, 50_000, classes)
         dataset = Dataset(config.dataset, '', *sizes, digest=None, image_size=config.image_size)
     plan = plan_of(WORKLOAD, config, dataset, num_devices)
-    return Case(config, plan, dataset, Model.of(WORKLOAD, config, plan, dataset))
+    return Case(config, plan, dataset, model_of(WORKLOAD, config, plan, dataset))

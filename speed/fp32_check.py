@@ -91,9 +91,9 @@ def main() -> int:
     parser.add_argument('--batch', type=int, default=4)
     parser.add_argument('--image_size', type=int, default=64)
     flags = parser.parse_args()
-    # The network's precision alone is to forbid TF32, not the second lock that main.py sets.
+    backend.configure()
+    # The network's precision alone is to forbid TF32, not the second lock.
     os.environ.pop('NVIDIA_TF32_OVERRIDE', None)
-    backend.set_xla_flags()
     jax.config.update('jax_enable_x64', True)
 
     size = flags.image_size

@@ -16,6 +16,7 @@ smallest between two convolutions (7×7×512 an image). This measures no time.
 
 import argparse
 import collections
+import functools
 import math
 import re
 import sys
@@ -31,6 +32,7 @@ from jax.experimental import topologies
 import train_lib
 from settings import backend
 from speed import cases
+from training import compilation
 
 SPECS = Path(__file__).parent / 'gpu_specs'
 COMPUTATION = re.compile(r'(ENTRY )?%([\w.-]+) \(.*\{$')
@@ -63,6 +65,11 @@ def arrays(shape: str) -> Iterator[tuple[int, int]]:
         yield math.prod(map(int, filter(None, dimensions.split(',')))), int(bits or 8) // 8
 
 
+def same_dimensions(one: str, other: str) -> bool:
+    """Whether two shapes are arrays that differ in nothing but what their elements are."""
+    return [m[1] for m in SHAPE.findall(one)] == [m[1] for m in SHAPE.findall(other)]
+
+
 def size(shape: str) -> int:
     """Bytes of a result, without cuDNN's scratch memory at the end of a tuple."""
     return sum(count * width for count, width in arrays(re.sub(r', u8\[\d+\]\{0\}\)$', ')', shape)))
@@ -83,6 +90,35 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     return computations, entry
 
 
+def bytes_read(
+    kernel: Instruction, body: dict[str, Instruction], fused: dict[str, Instruction]
+) -> int:
+    """Of a kernel's operands; of one that it slices, itself or after other work, the slices."""
+    users = collections.defaultdict(list)
+    for name, instruction in fused.items():
+        for operand in instruction.operands:
+            users[operand].append(name)
+
+    @functools.cache
+    def needed(name: str) -> int:
+        """Elements of a value inside the kernel."""
+        ((whole, _),) = arrays(fused[name].shape)
+        parts = [
+            needed(user)
+            if fused[user].op == 'slice' or same_dimensions(fused[user].shape, fused[name].shape)
+            else whole
+            for user in users[name]
+        ]
+        return min(whole, sum(parts)) if parts else whole
+
+    read = sum(size(body[name].shape) for name in kernel.operands)
+    for name, parameter in fused.items():
+        if parameter.op == 'parameter':
+            ((count, width),) = arrays(parameter.shape)
+            read -= (count - needed(name)) * width
+    return read
+
+
 def analyse(text: str, batch: int) -> dict[str, str]:
     """The table's rows for one optimised program."""
     computations, entry = parse(text)
@@ -96,14 +132,14 @@ def analyse(text: str, batch: int) -> dict[str, str]:
     convolutions, layouts, large = (collections.Counter[str]() for _ in range(3))
     for body in (main, *(computations[name] for name in loops)):
         for kernel in (i for i in body.values() if i.op not in FREE.split()):
-            into = sum(size(body[name].shape) for name in kernel.operands)
+            fused = computations.get(kernel.attribute('calls=%'), {})
+            into = bytes_read(kernel, body, fused)
             read, written = read + into, written + size(kernel.shape)
             kernels.append((into + size(kernel.shape)) / batch / 1e6)
             target = kernel.attribute('custom_call_target="')
             if target.startswith('__cudnn$conv'):
                 convolutions[target.removeprefix('__cudnn$')] += 1
                 layouts[LAYOUTS[kernel.attribute('dim_labels=')[:4]]] += 1
-            fused = computations.get(kernel.attribute('calls=%'))
             for part in fused.values() if fused else [kernel]:
                 # Of a reduction the operand is large, of all else the result.
                 reduced = part.op == 'reduce' and (fused or body)[part.operands[0]]
@@ -125,12 +161,11 @@ def analyse(text: str, batch: int) -> dict[str, str]:
 def compile_step(device: str, dtype: str, batch: int) -> jax.stages.Compiled:
     """The training step of configs/imagenet.py, `batch` images on one device."""
     _, plan, _, model = cases.prepare(
-        'configs/imagenet.py', 1, dtype=dtype, global_batch_size=batch, per_device_batch=batch
+        'configs/imagenet.py', 1, dtype=dtype, global_batch_size=batch, micro_batch_size=batch
     )
     topology = topologies.get_topology_desc(platform='cuda', target_config=device, topology='1x1x1')
     mesh = jax.sharding.Mesh(np.array(topology.devices), (train_lib.AXIS,))
-    step = (model.task, model.optimizer, model.schedule)
-    return train_lib.lower_train(*step, plan.micro_batch, mesh).compile()
+    return compilation.trace_train(model, plan.micro_batch_size, mesh).lower().compile()
 
 
 def main() -> None:
@@ -144,7 +179,7 @@ def main() -> None:
         sys.exit(f'not installed: {", ".join(missing)}; see the top of speed/gpu_hlo.py')
     jax.config.update('jax_platforms', 'cpu')
     # Autotuning runs candidates on the device.
-    backend.set_xla_flags(*backend.DETERMINISTIC_GPU_FLAGS, '--xla_gpu_autotune_level=0')
+    backend.configure(*backend.DETERMINISTIC_GPU_FLAGS, '--xla_gpu_autotune_level=0')
     device, columns = (SPECS / f'{flags.spec}.txtpb').read_text(), {}
     for dtype in flags.dtypes.split(','):
         compiled = compile_step(device, dtype, flags.batch)

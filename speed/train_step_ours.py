@@ -25,12 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import train_lib
 from input_pipeline import Pipeline
 from run_files.mlperf_log import EventLog
 from settings import backend
 from speed import cases, contestants
-from training import start
+from training import compilation, start
 from training.run import Run
 from training.train_loop import set_up
 from workloads.resnet.workload import WORKLOAD
@@ -75,7 +74,7 @@ class Ours:
             classes=case['classes'],
             data_dir=case['data_dir'],
             bn_span=min(case['batch'], case['span']),
-            per_device_batch=case['batch'],
+            micro_batch_size=case['batch'],
             global_batch_size=devices * case['batch'] * case['accumulation'],
             checkpoint_every_steps=case['checkpoint_every'],
             log_every_steps=case['log_every'],
@@ -101,21 +100,20 @@ class Ours:
 
     def _random_batch(self, num_classes: int) -> dict[str, jax.Array]:
         rng, plan = np.random.default_rng(0), self._parts.plan
-        shapes = self._parts.model.task.abstract_batch(plan.micro_batch)
+        shapes = self._parts.model.task.abstract_batch(plan.micro_step_size)
         batch = {
             'image': rng.integers(0, 256, shapes['image'].shape, np.uint8),
             'label': rng.integers(0, num_classes, shapes['label'].shape, np.int32),
         }
-        return train_lib.split(self._parts.programs.mesh, batch)
+        return compilation.split(self._parts.programs.mesh, batch)
 
     def _facts(self) -> dict[str, Any]:
         """What XLA says about the compiled micro-step, and the device."""
         plan, model, programs = self._parts.plan, self._parts.model, self._parts.programs
         memory = programs.train.memory_analysis()
         # Of the program before it is compiled: libraries' calls hide their operations afterwards.
-        costs = train_lib.lower_train(
-            model.task, model.optimizer, model.schedule, plan.micro_batch, programs.mesh
-        ).cost_analysis()
+        traced = compilation.trace_train(model, plan.micro_batch_size, programs.mesh)
+        costs = traced.lower().cost_analysis()
         accessed = programs.train.cost_analysis()
         assert costs
         assert accessed

@@ -13,7 +13,7 @@ import pytest
 from settings import backend
 
 # Before JAX is imported.
-backend.set_xla_flags('--xla_force_host_platform_device_count=8')
+backend.configure('--xla_force_host_platform_device_count=8')
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 # Programs that several tests and several processes compile are compiled once.

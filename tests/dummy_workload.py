@@ -18,7 +18,7 @@ import optax
 
 from input_pipeline import Batch, Pipeline, Share, generator
 from settings.hyperparameters import Config, field
-from settings.plan import Course, DeviceBatch, Evaluation, Plan, Target
+from settings.plan import Course, Evaluation, Plan, Target
 from settings.rules import POSITIVE, Rule, division
 from training.workload import Optimizer, Workload
 
@@ -45,7 +45,7 @@ def config(**overrides: str) -> dict[str, Any]:
     values = {
         'benchmark': 'dummy', 'model': 'line', 'dataset': 'noise', 'global_batch_size': 16,
         'optimizer': 'descent', 'dtype': 'float32', 'seed': None, 'init_from': None,
-        'per_device_batch': 1, 'data_processes': 0, 'data_threads': None, 'deterministic': True,
+        'micro_batch_size': 1, 'data_processes': 0, 'data_threads': None, 'deterministic': True,
         'data_dir': 'unused', 'log_every_steps': 2, 'checkpoint_every_steps': 3,
         'stall_seconds': None, 'drop_page_cache': False, 'division': 'open', 'org': 'reference',
         'platform': 'unknown', 'status': 'research', 'learning_rate': 0.2,
@@ -123,13 +123,13 @@ class Line:
         return loss, ({'loss': loss}, {})
 
     def evaluate(self, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]):
-        """Sums over the points that count."""
+        """Errors of the points that count."""
         errors = jnp.where(batch['counts'], self._errors(variables, batch), 0.0)
-        return {'error': errors.sum(), 'examples': batch['counts'].sum(dtype=jnp.int32)}
+        return {'error': errors, 'examples': batch['counts']}
 
     def quality(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """The mean squared error."""
-        return {'eval_loss': float(sums['error']) / int(sums['examples'])}
+        return {'eval_loss': sums['error'] / sums['examples']}
 
 
 class Dummy:
@@ -165,7 +165,6 @@ class Dummy:
             unit='samples',
             examples_per_unit=1,
             examples='points',
-            device_batch=DeviceBatch(1, 'one', 64),
         )
 
     def warnings(

@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 
 import train_lib
 from models.resnet.network import ResNet
 from settings import hyperparameters
 from settings.plan import Plan, make_plan
-from training import processes
+from training import compilation, processes
 from workloads.resnet import images, optimizers
 from workloads.resnet.fields import ResNetConfig
 from workloads.resnet.records import find_dataset
@@ -46,6 +45,13 @@ class Trained:
     state: train_lib.TrainState
     metrics: list[dict[str, Any]]
     batches: list[dict[str, np.ndarray]]
+    plan: Plan
+
+    def measured(self) -> list[dict[str, float]]:
+        """The metrics of every optimizer step."""
+        k = self.plan.accumulation_steps
+        steps = [self.metrics[i : i + k] for i in range(0, len(self.metrics), k)]
+        return [train_lib.measured(step, self.plan.micro_batches) for step in steps]
 
 
 def resolve(name, data_dir, **overrides) -> ResNetConfig:
@@ -63,10 +69,11 @@ def plan_for(config, *, num_train, num_eval=10, num_devices=1) -> Plan:
     )
 
 
-def optimizer_for(config, plan) -> tuple[optax.MultiSteps, optax.Schedule]:
-    """A run's optimizer and its learning rate."""
+def model_for(config, plan, task) -> train_lib.Model:
+    """What a run learns, by another task than its own."""
     transformation, schedule = optimizers.create(config, plan)
-    return train_lib.accumulated(transformation, plan.accumulation_steps), schedule
+    optimizer = train_lib.accumulated(transformation, plan.accumulation_steps, plan.micro_batches)
+    return train_lib.Model(task, optimizer, schedule, plan.micro_batches)
 
 
 def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches=None) -> Trained:
@@ -82,26 +89,28 @@ def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches
         num_train, num_eval = dataset.num_train, dataset.num_eval
         num_classes = dataset.num_classes
     plan = plan_for(config, num_train=num_train, num_eval=num_eval, num_devices=devices)
-    task = task_type(config, num_classes)
-    optimizer, schedule = optimizer_for(config, plan)
-    programs = train_lib.compile_steps(task, optimizer, schedule, plan.micro_batch, mesh)
-    state = train_lib.replicate(mesh, train_lib.initial_state(config.seed, task, optimizer))
+    model = model_for(config, plan, task_type(config, num_classes))
+    programs = compilation.compile_steps(model, plan.micro_batch_size, mesh)
+    first = train_lib.from_saved(
+        train_lib.initial_state(config.seed, model), train_lib.abstract_state(model)
+    )
+    state = compilation.replicate(mesh, first)
     micro_steps = steps * plan.accumulation_steps
     if batches is None:
-        share = processes.local_share(mesh, plan.micro_batch)
+        share = processes.local_share(mesh, plan.micro_step_size)
         source = images.pipeline(dataset, config, config.seed, share).train(0, micro_steps)
     else:
-        size = plan.micro_batch
+        size = plan.micro_step_size
         source = (batches(i * size, (i + 1) * size) for i in range(micro_steps))
     seen, metrics = [], []
     for batch in source:
-        state, values = programs.train(state, train_lib.split(mesh, batch))
+        state, values = programs.train(state, compilation.split(mesh, batch))
         seen.append(batch)
         metrics.append(jax.device_get(values))
-    return Trained(jax.device_get(state), metrics, seen)
+    return Trained(jax.device_get(state), metrics, seen, plan)
 
 
-def train_fp64(config, plan, micro_batches, task_type=ImageClassification):
+def train_fp64(config, plan, micro_batches):
     """The training step itself in fp64, where two ways of summing differ by 1e-15 and no more.
 
     In fp32 they differ by 1e-7, and a ReLU whose input is that close to 0 now and then passes a
@@ -113,28 +122,30 @@ def train_fp64(config, plan, micro_batches, task_type=ImageClassification):
       micro_batches: whole ones, in order.
 
     Returns:
-      (initial variables, loss of every micro-step, final variables), all on the host.
+      (initial variables, loss of every optimizer step, final variables), all on the host.
     """
     with jax.enable_x64(True):
-        task = task_type(config, 10)
-        optimizer, schedule = optimizer_for(config, plan)
+        task = ImageClassification(config, 10)
+        model = model_for(config, plan, task)
         first = jax.tree.map(lambda a: a.astype(np.float64), dict(task.init(jax.random.key(0))))
-        scale = train_lib.LossScale(jax.numpy.float64(1), jax.numpy.int32(0))
-        state = train_lib.TrainState(first, optimizer.init(first), scale)
         mesh = Mesh(np.array(jax.devices()[: plan.num_devices]), (train_lib.AXIS,))
         # Where the step leaves it, or the second one would be compiled again.
-        state = jax.device_put(state, NamedSharding(mesh, train_lib.REPLICATED))
-        step = train_lib.lifted(
-            functools.partial(
-                train_lib.train_step, task=task, optimizer=optimizer, schedule=schedule
-            ),
-            mesh,
+        state = train_lib.create_train_state(jax.random.key(0), model)
+        state = dataclasses.replace(
+            state,
+            variables=first,
+            opt_state=model.optimizer.init(first),
+            loss_scale=jax.tree.map(lambda a: a.astype(jax.numpy.float64), state.loss_scale),
         )
-        losses = []
+        state = jax.device_put(state, NamedSharding(mesh, compilation.REPLICATED))
+        step = compilation.lifted(functools.partial(train_lib.train_step, model=model), mesh)
+        found = []
         for batch in micro_batches:
             state, metrics = step(state, batch)
-            losses.append(float(metrics['loss']))
-        return jax.device_get(first), losses, jax.device_get(state.variables)
+            found.append(metrics)
+        trained = Trained(jax.device_get(state), found, micro_batches, plan)
+        losses = [values['loss'] for values in trained.measured()]
+        return jax.device_get(first), losses, trained.state.variables
 
 
 def differences(a: Any, b: Any) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-import train_lib
+from training import compilation
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ def on_devices(batches: Iterator[Any], mesh: Mesh, clock: Clock) -> Iterator[Any
             clock.waiting_for_input += time.monotonic() - before
             exhausted = batch is None
             if batch is not None:
-                sent.append(train_lib.split(mesh, batch))
+                sent.append(compilation.split(mesh, batch))
         if not sent:
             return
         yield sent.popleft()

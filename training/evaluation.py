@@ -2,7 +2,6 @@
 """Evaluation over the whole set: the one loop, for training and for `--mode=eval`."""
 
 import collections
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import train_lib
 from settings.errors import CheckpointError, ConfigError
 from settings.hyperparameters import Config
 from settings.plan import Dataset
-from training import checkpointing, processes
+from training import checkpointing, compilation, processes
 from training.device_feed import Clock, on_devices
 from training.workload import Workload
 
@@ -46,13 +45,12 @@ def total(
     Returns:
       The sums; None if the run was asked to stop.
     """
-    totals: dict[str, Any] = collections.defaultdict(int)
+    totals: list[dict[str, Any]] = []
     pending: collections.deque = collections.deque()
 
     def read() -> bool:
         sums, stop = jax.device_get(pending.popleft())
-        for name, value in sums.items():
-            totals[name] += value.item()
+        totals.append(sums)
         beat()
         return bool(stop)
 
@@ -63,7 +61,7 @@ def total(
     while pending:
         if read():
             return None
-    return dict(totals)
+    return train_lib.evaluated(totals)
 
 
 def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, float]:
@@ -84,7 +82,11 @@ def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, 
         raise ConfigError(
             'evaluation needs --config.init_from=PATH, a checkpoint (WORKDIR/checkpoints/STEP)'
         )
-    path, task, mesh = Path(config.init_from), workload.task(config, dataset), train_lib.make_mesh()
+    path, task, mesh = (
+        Path(config.init_from),
+        workload.task(config, dataset),
+        compilation.make_mesh(),
+    )
     shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
 
@@ -98,13 +100,10 @@ def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, 
         return weights
 
     weights = processes.broadcast_from_lead(processes.run_on_lead(read) or zeros)
-    limits = workload.course(config, dataset.num_train).device_batch
-    fitting = config.per_device_batch or limits.largest
-    batch_size = mesh.size * min(fitting, math.ceil(dataset.num_eval / mesh.size))
-    share = processes.local_share(mesh, batch_size)
+    share = processes.local_share(mesh, mesh.size * config.micro_batch_size)
     sums = total(
-        train_lib.lower_evaluate(task, batch_size, mesh).compile(),
-        train_lib.replicate(mesh, weights),
+        compilation.trace_evaluate(task, config.micro_batch_size, mesh).lower().compile(),
+        compilation.replicate(mesh, weights),
         workload.pipeline(config, dataset, 0, share).evaluation(),
         mesh,
     )

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from input_pipeline import Share
+from settings import backend
 from settings.errors import RejectedError
 
 HEARTBEAT_TIMEOUT_SECONDS = 30  # A peer that is silent for so long ends the others.
@@ -94,6 +95,11 @@ def initialize(
     except (RuntimeError, AssertionError) as error:  # The latter where no GPU is visible at all.
         reason = str(error) or 'it finds none'
         raise StartError(f'JAX could not start its devices: {reason}. {_remedy()}') from error
+    if jax.default_backend() == 'cpu' and jax.local_device_count() > backend.CPU_THREADS:
+        raise StartError(
+            f'{jax.local_device_count()} CPU devices in a process; use at most '
+            f'{backend.CPU_THREADS}: with more, XLA takes more threads, which changes the last bits'
+        )
 
 
 def _check_place(coordinator: str, num_processes: int, process_id: int) -> None:

@@ -7,12 +7,12 @@ metrics are read, and batches are on their way to the device while it computes.
 
 import collections
 import dataclasses
+import statistics
 import time
 from collections.abc import Mapping
 
 import jax
 import numpy as np
-import optax
 
 import train_lib
 from input_pipeline import Pipeline
@@ -21,14 +21,14 @@ from run_files.profiling import Trace
 from run_files.progress import Progress
 from settings.errors import FailedError, Outcome, SaveError
 from settings.hyperparameters import Config
-from settings.plan import Dataset, Evaluation, Plan
-from train_lib import Programs, Task, TrainState
+from settings.plan import Evaluation, Plan
+from train_lib import Model, TrainState
 from training import evaluation, processes
 from training.checkpoint_saver import CheckpointSaver
+from training.compilation import Programs
 from training.device_feed import Clock, on_devices
 from training.stop_request import StopRequest
 from training.watchdog import Watchdog
-from training.workload import Workload
 
 
 class NonFiniteError(FailedError):
@@ -39,28 +39,6 @@ _DIVERGED = (
     'Training has diverged, maybe some steps before; the same command would come to the same step. '
     'Start in a new work directory, with a lower learning_rate, a longer warm-up or another seed'
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What a run trains, before anything is compiled."""
-
-    task: Task
-    optimizer: optax.MultiSteps
-    schedule: optax.Schedule
-    head: tuple[str, ...]
-
-    @classmethod
-    def of(cls, workload: Workload, config: Config, plan: Plan, dataset: Dataset) -> 'Model':
-        """The model of a run."""
-        transformation, schedule = workload.optimizer(config, plan)
-        optimizer = train_lib.accumulated(transformation, plan.accumulation_steps)
-        return cls(workload.task(config, dataset), optimizer, schedule, workload.head)
-
-    @property
-    def template(self) -> TrainState:
-        """The run's state, as shapes and dtypes."""
-        return train_lib.abstract_state(self.task, self.optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +101,15 @@ class Run:
         """Reads the metrics of the oldest step in flight, which waits for it to end."""
         step, micro, stop = self._pending.popleft()
         micro, stop = jax.device_get((micro, stop))
-        means = {name: float(np.mean([m[name] for m in micro])) for name in micro[0]}
-        means |= {name: float(micro[-1][name]) for name in ('learning_rate', 'loss_scale')}
-        if means['finite'] < 1:
+        if micro[-1]['rejected'].any():
+            names = train_lib.rejected_names(self.state.variables, micro[-1]['rejected'])
             raise NonFiniteError(
-                f'the loss ({means["loss"]}) or its gradient is not finite at step {step}; that '
-                f'step moved no weight. {_DIVERGED}'
+                f'not finite or out of range at step {step}: {", ".join(names)}; that step moved '
+                f'no weight. {_DIVERGED}'
             )
         self.parts.watchdog.beat(f'step {step}')
         self._stopped = self._stopped or bool(stop)
-        self._laps.append(means)
+        self._laps.append(train_lib.measured(micro, self.parts.plan.micro_batches))
         if step % self.parts.config.log_every_steps == 0:
             self._report(step)
 
@@ -140,16 +117,17 @@ class Run:
         parts = self.parts
         seconds, waiting = self._clock.lap()
         laps, self._laps = self._laps, []
-        metrics = [name for name in laps[0] if name not in train_lib.OWN_METRICS]
-        values = {name: float(np.mean([lap[name] for lap in laps])) for name in metrics}
+        values = {name: statistics.fmean(lap[name] for lap in laps) for name in laps[0]}
         values |= {
+            'largest_gradient': max(lap['largest_gradient'] for lap in laps),
             'learning_rate': laps[-1]['learning_rate'],
+            'loss_scale': laps[-1]['loss_scale'],
             'examples_per_second': len(laps) * parts.plan.global_batch_size / seconds,
             'input_wait': min(waiting / seconds, 1.0),
             'seconds': seconds,
         }
-        if parts.model.task.dtype == 'float16':
-            values['loss_scale'] = laps[-1]['loss_scale']
+        if parts.model.task.dtype != 'float16':
+            del values['loss_scale']
         parts.progress.training(step, values)
 
     def save(self) -> float:

@@ -5,14 +5,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import optax
-
 import train_lib
 from run_files import log_check
 from run_files.mlperf_log import EventLog
 from settings.hyperparameters import Config
 from settings.plan import Plan
-from train_lib import Task, TrainState, Variables
+from train_lib import Model, TrainState, Variables
 from training import checkpointing
 
 
@@ -28,12 +26,12 @@ class Start:
     found: checkpointing.Found
     weights: Variables | None = None
 
-    def saved(self, config: Config, task: Task, optimizer: optax.MultiSteps, head: tuple[str, ...]):
+    def saved(self, config: Config, model: Model, head: tuple[str, ...]) -> dict[str, Any]:
         """The checkpoint's state, or the one at step 0, as host arrays (train_lib.to_saved)."""
         if self.found.tree is not None:
             return self.found.tree
         assert config.seed is not None
-        tree = train_lib.to_saved(train_lib.initial_state(config.seed, task, optimizer))
+        tree = train_lib.initial_state(config.seed, model)
         if self.weights is not None:
             path = Path(config.init_from or '')
             tree['variables'], _ = checkpointing.replace_weights(

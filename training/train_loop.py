@@ -22,13 +22,14 @@ from run_files.progress import Progress
 from settings.errors import Outcome
 from settings.hyperparameters import Config
 from settings.plan import Dataset, Plan
-from training import processes, start
+from train_lib import Model
+from training import compilation, processes, start
 from training.checkpoint_saver import CheckpointSaver
-from training.run import Model, Parts, Run
+from training.run import Parts, Run
 from training.start import Start
 from training.stop_request import StopRequest
 from training.watchdog import Watchdog
-from training.workload import Workload, plan_of
+from training.workload import Workload, model_of, plan_of
 
 
 def set_up(
@@ -43,7 +44,7 @@ def set_up(
     profile: tuple[int, int] | None = None,
 ) -> Run:
     """Compiles a run's programs, and puts the state that it starts from on the devices."""
-    template, step = model.template, begin.found.step
+    template, step = train_lib.abstract_state(model), begin.found.step
     shown = processes.run_on_lead(lambda: Progress(workdir, plan, step))
     progress = shown or Progress(None, plan, 0)
     saver = processes.run_on_lead(
@@ -53,13 +54,11 @@ def set_up(
         progress.say(line)
     before = time.monotonic()
     progress.say('compiling …')
-    mesh = train_lib.make_mesh()
-    programs = train_lib.compile_steps(
-        model.task, model.optimizer, model.schedule, plan.micro_batch, mesh
-    )
+    mesh = compilation.make_mesh()
+    programs = compilation.compile_steps(model, plan.micro_batch_size, mesh)
     progress.say(f'compiled in {time.monotonic() - before:.1f} s')
     assert config.seed is not None
-    share = processes.local_share(mesh, plan.micro_batch)
+    share = processes.local_share(mesh, plan.micro_step_size)
     parts = Parts(
         config=config,
         plan=plan,
@@ -73,11 +72,11 @@ def set_up(
         trace=Trace(workdir / 'profile', profile if saver else None, progress.say),
         watchdog=Watchdog(config.stall_seconds),
     )
-    tree = processes.run_on_lead(
-        lambda: begin.saved(config, model.task, model.optimizer, model.head)
-    ) or jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), train_lib.to_saved(template))
+    tree = processes.run_on_lead(lambda: begin.saved(config, model, workload.head)) or jax.tree.map(
+        lambda s: np.zeros(s.shape, s.dtype), train_lib.to_saved(template)
+    )
     state = train_lib.from_saved(processes.broadcast_from_lead(tree), template)
-    return Run(parts, train_lib.replicate(mesh, state))
+    return Run(parts, compilation.replicate(mesh, state))
 
 
 def train_and_evaluate(
@@ -101,11 +100,11 @@ def train_and_evaluate(
       FailedError: later; the last checkpoint is kept.
     """
     plan = plan_of(workload, config, dataset, jax.device_count())
-    model = Model.of(workload, config, plan, dataset)
-    template = model.template
+    model = model_of(workload, config, plan, dataset)
+    template = train_lib.abstract_state(model)
     is_new = not (workdir / 'config.json').exists()
     weights = processes.run_on_lead(
-        lambda: start.read_weights(config, template, model.head) if is_new else None
+        lambda: start.read_weights(config, template, workload.head) if is_new else None
     )
     recorded = processes.run_on_lead(lambda: work_directory.open_for(config, dataset, workdir))
     seed = processes.seed_from_lead(config.seed if recorded is None else recorded)
@@ -116,7 +115,7 @@ def train_and_evaluate(
     if status:
         return Outcome.REACHED if status == 'success' else Outcome.MISSED
     begin = processes.run_on_lead(
-        lambda: start.read(config, plan, template, model.head, workdir, log, weights)
+        lambda: start.read(config, plan, template, workload.head, workdir, log, weights)
     )
     processes.run_on_lead(lambda: work_directory.record(config, dataset, workdir))
 

@@ -12,7 +12,7 @@ import optax
 from input_pipeline import Pipeline, Share
 from settings.hyperparameters import Config
 from settings.plan import Course, Dataset, Plan, make_plan
-from train_lib import Task
+from train_lib import Model, Task, accumulated
 
 
 class Optimizer(NamedTuple):
@@ -96,3 +96,10 @@ def plan_of(workload: Workload, config: Config, dataset: Dataset, num_devices: i
         num_eval=dataset.num_eval,
         num_devices=num_devices,
     )
+
+
+def model_of(workload: Workload, config: Config, plan: Plan, dataset: Dataset) -> Model:
+    """What a run learns, before anything is compiled."""
+    transformation, schedule = workload.optimizer(config, plan)
+    optimizer = accumulated(transformation, plan.accumulation_steps, plan.micro_batches)
+    return Model(workload.task(config, dataset), optimizer, schedule, plan.micro_batches)

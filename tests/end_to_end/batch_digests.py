@@ -7,9 +7,8 @@ batch_digests.py DATA_DIR STEPS --coordinator=… --num_processes=N --process_id
 import argparse
 import hashlib
 
-import train_lib
 from tests import harness
-from training import processes
+from training import compilation, processes
 from workloads.resnet import images
 from workloads.resnet.records import find_dataset
 
@@ -22,7 +21,7 @@ parser.add_argument('--process_id', type=int)
 flags = parser.parse_args()
 processes.initialize(flags.coordinator, flags.num_processes, flags.process_id, timeout=300)
 config = harness.resolve('digits', flags.data_dir, seed=7)
-share = processes.local_share(train_lib.make_mesh(), config.global_batch_size)
+share = processes.local_share(compilation.make_mesh(), config.global_batch_size)
 pipeline = images.pipeline(find_dataset('digits', flags.data_dir), config, 7, share)
 for step, batch in enumerate(pipeline.train(0, flags.steps)):
     for i in range(share.size):

@@ -105,9 +105,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(p
     wild = THREE_EPOCHS | {'learning_rate': 1e6, 'warmup_epochs': 1, 'checkpoint_every_steps': 1}
     run = program(**wild)
     assert run.run() == 3, run.said()
-    assert 'is not finite at step' in run.said()
+    assert 'not finite or out of range at step' in run.said()
     assert 'is good' not in run.said()
-    step = int(run.said().partition('is not finite at step ')[2].partition(';')[0])
+    step = int(run.said().partition('out of range at step ')[2].partition(':')[0])
     kept = run.checkpoint()
     assert int(kept['step']) < step
     import jax

@@ -99,7 +99,7 @@ def settings(data_dir: Path, **overrides):
     from tests import harness
 
     small = {
-        'global_batch_size': 8, 'bn_span': 4, 'per_device_batch': 4, 'warmup_epochs': 0,
+        'global_batch_size': 8, 'bn_span': 4, 'micro_batch_size': 4, 'warmup_epochs': 0,
         'division': 'open', 'seed': 1,
     }  # fmt: skip
     return harness.resolve('imagenet', data_dir, **(small | overrides))
@@ -111,7 +111,7 @@ def test_a_network_trains_on_the_prepared_records(prepared):
 
     config = settings(prepared)
     trained = harness.train(config, steps=2, task_type=harness.TinyBottleneck)
-    losses = [float(metrics['loss']) for metrics in trained.metrics]
+    losses = [metrics['loss'] for metrics in trained.measured()]
     assert np.isfinite(losses).all()
     images = [batch['image'] for batch in trained.batches]
     assert {image.shape for image in images} == {(4, 224, 224, 3)}

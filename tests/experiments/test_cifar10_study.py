@@ -33,7 +33,7 @@ def test_the_learning_rate_reaches_its_end_with_the_last_epoch(spec):
 
 @pytest.mark.parametrize('micro_steps', [1, 4, 16])
 def test_the_batch_accumulates_as_the_study_asks(micro_steps):
-    config = resolved('cifar10', per_device_batch=512 // micro_steps)
+    config = resolved('cifar10', micro_batch_size=512 // micro_steps)
     assert harness.plan_for(config, **SIZES).accumulation_steps == micro_steps
 
 

@@ -80,7 +80,7 @@ def test_statistics_are_the_official_ones(runs):
     ('change', 'named'),
     [
         ({'overrides': {'learning_rate': 7.9}}, 'hyperparameter learning_rate: 7.9'),
-        ({'overrides': {'bn_span': 32}}, 'hyperparameter bn_span: 32'),
+        ({'overrides': {'bn_span': 8}}, 'hyperparameter bn_span: 8'),
         ({'overrides': {'label_smoothing': 0.0}}, 'hyperparameter label_smoothing'),
         ({'commit': 'd' * 40}, 'code version: ' + 'd' * 40),
         ({'digest': 'other'}, 'data: .*other'),
@@ -100,7 +100,7 @@ def test_runs_of_another_experiment_are_rejected(tmp_path, capsys, change, named
 
 def test_what_is_about_the_machine_or_the_paperwork_may_differ(tmp_path):
     runs = write_runs(tmp_path / 'runs', resolve('digits'), EPOCHS[:9])
-    config = resolve('digits', per_device_batch=64, data_threads=3, org='they', data_dir='/else')
+    config = resolve('digits', data_processes=1, data_threads=3, org='they', data_dir='/else')
     write_run(runs / '010', config, curve(config, 10))
     assert make_rcps.main([str(runs)]) == 0
 

@@ -74,7 +74,7 @@ def test_every_key_that_the_closed_division_asks_for_is_ours(tmp_path, monkeypat
 
 
 def test_log_says_what_the_run_uses(tmp_path):
-    config = resolve('imagenet', seed=7, per_device_batch=512)
+    config = resolve('imagenet', seed=7, micro_batch_size=512)
     write_log(tmp_path / 'log', config, curve(config, 40))
     events = finished_run.read_events(tmp_path / 'log')
     values = {event['key']: event['value'] for event in events}
@@ -303,7 +303,7 @@ def test_log_with_an_accuracy_that_is_none_is_rejected(tmp_path, interrupted, va
 
 def test_run_that_resumes_on_other_devices_keeps_its_log(tmp_path, interrupted):
     config, plan = interrupted
-    several = dataclasses.replace(plan, num_devices=4, accumulation_steps=7)
+    several = dataclasses.replace(plan, num_devices=4)
     check(tmp_path / 'log', config, several, 20)
 
 

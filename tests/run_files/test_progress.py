@@ -13,7 +13,7 @@ import pytest
 
 from run_files import banner, progress
 from run_files.line_file import SaveError
-from settings.plan import Course, DeviceBatch, Evaluation, Plan, Target
+from settings.plan import Course, Evaluation, Plan, Target
 from tests.harness import resolve
 
 
@@ -24,9 +24,8 @@ def plan(num_train, num_eval, batch, last: Evaluation):
         unit='epoch',
         examples_per_unit=num_train,
         examples='images',
-        device_batch=DeviceBatch(1, 'bn_span', 64),
     )
-    return Plan(course, num_train, num_eval, batch, 1, batch, 1)
+    return Plan(course, num_train, num_eval, batch, batch, num_devices=1)
 
 
 DIGITS = plan(1437, 360, 128, Evaluation(225, 20, {}, {}, {}))

@@ -22,20 +22,19 @@ def test_sums_of_products_are_right():
     assert float(squares[-1]) == 32_768.0**2
 
 
-def test_a_deterministic_run_fixes_kernels_and_collectives_and_leaves_what_is_set(monkeypatch):
+def test_a_deterministic_run_takes_kernels_that_repeat(monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '')
-    monkeypatch.setenv('NCCL_ALGO', 'Tree')
-    monkeypatch.delenv('NCCL_NVLS_ENABLE', raising=False)
     monkeypatch.delenv('NVIDIA_TF32_OVERRIDE', raising=False)
+    backend.prepare(deterministic=False)
+    assert not set(backend.DETERMINISTIC_GPU_FLAGS) & set(os.environ['XLA_FLAGS'].split())
     backend.prepare(deterministic=True)
     assert set(backend.DETERMINISTIC_GPU_FLAGS) <= set(os.environ['XLA_FLAGS'].split())
-    assert os.environ['NCCL_ALGO'] == 'Tree'
-    assert os.environ['NCCL_NVLS_ENABLE'] == '0'
+    assert os.environ['NVIDIA_TF32_OVERRIDE'] == '0'
 
 
 def test_flags_are_added_once(monkeypatch):
     monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=somewhere')
-    backend.set_xla_flags('--xla_gpu_autotune_level=0')
-    backend.set_xla_flags('--xla_gpu_autotune_level=0')
+    backend.configure('--xla_gpu_autotune_level=0')
+    backend.configure('--xla_gpu_autotune_level=0')
     flags = ['--xla_dump_to=somewhere', *backend.CPU_FLAGS, '--xla_gpu_autotune_level=0']
     assert os.environ['XLA_FLAGS'].split() == flags

@@ -51,8 +51,8 @@ def test_model_names_are_those_of_the_models():
         ({'optimizer': 'sgd', 'warmup_epochs': '2.5'}, 'for SGD an integer'),
         ({'optimizer': 'adam'}, "optimizer='adam' breaks the rule: one of lars, sgd"),
         ({'decay_steps': '0'}, 'decay_steps=0 breaks the rule'),
-        ({'bn_span': '60'}, 'bn_span=60 breaks the rule: > 0 and divides global_batch_size'),
-        ({'per_device_batch': '96'}, 'a multiple of bn_span'),
+        ({'bn_span': '60'}, 'bn_span=60 breaks the rule: > 0 and divides micro_batch_size'),
+        ({'micro_batch_size': '48'}, 'divides global_batch_size (global_batch_size=4096)'),
         ({'label_smoothing': '0.2'}, 'one of 0.0, 0.1'),
         ({'eval_offset_epochs': '4'}, '0, 1, 2 or 3'),
         ({'max_epochs': '50'}, 'an epoch that is evaluated; nearest that are: 48, 52'),
@@ -122,7 +122,7 @@ def test_a_missing_field_is_reported():
         {'optimizer': 'sgd', 'learning_rate': '10'},
         {'truncated_init': 'false'},
         {'weight_decay': '1e-4'},
-        {'per_device_batch': 'none'},
+        {'micro_batch_size': '512'},
     ],
 )
 def test_legal_values_pass(overrides):
@@ -161,7 +161,7 @@ def test_logged_hyperparameters_are_those_in_use(optimizer):
 
 
 def test_hardware_is_no_difference_between_runs():
-    ours = resolve(load('digits'), {'per_device_batch': '16', 'data_threads': '3'})
+    ours = resolve(load('digits'), {'data_processes': '2', 'data_threads': '3'})
     assert hyperparameters.differences(ours, dataclasses.asdict(resolve(load('digits'), {}))) == []
     theirs = resolve(load('digits'), {'learning_rate': '1'})
     assert len(hyperparameters.differences(ours, dataclasses.asdict(theirs))) == 1

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-import train_lib
 from settings import errors
-from training import compilation_cache, processes
+from training import compilation, compilation_cache, processes
 from training.stop_request import StopRequest
 
 
@@ -64,7 +63,7 @@ def ends_late(seconds):
 
 def stops(number):
     """Process 1 gets a signal in step 3; says in which step this process learned of it."""
-    mesh = train_lib.make_mesh()
+    mesh = compilation.make_mesh()
     stop = StopRequest(mesh)
     stop.listen()
     pending = None

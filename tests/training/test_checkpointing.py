@@ -18,11 +18,11 @@ from training.checkpoint_saver import CheckpointSaver
 from workloads.resnet.task import ImageClassification
 
 
-def template(*, devices=1, per_device_batch=None, **overrides):
-    config = harness.resolve('digits', 'nowhere', per_device_batch=per_device_batch, **overrides)
+def template(*, devices=1, **overrides):
+    config = harness.resolve('digits', 'nowhere', **overrides)
     plan = harness.plan_for(config, num_train=1437, num_eval=360, num_devices=devices)
-    optimizer, _ = harness.optimizer_for(config, plan)
-    return train_lib.abstract_state(ImageClassification(config, 10), optimizer)
+    model = harness.model_for(config, plan, ImageClassification(config, 10))
+    return train_lib.abstract_state(model)
 
 
 def tree_at(step):
@@ -234,15 +234,15 @@ def test_another_models_checkpoint_is_rejected(two_saved):
 
 def test_it_does_not_depend_on_devices_and_accumulation():
     described = [
-        train_lib.to_saved(template(devices=devices, per_device_batch=batch))
-        for devices, batch in ((1, 128), (1, 16), (8, 16))
+        train_lib.to_saved(template(devices=devices, micro_batch_size=size))
+        for devices, size in ((1, 128), (1, 16), (8, 16))
     ]
     assert described[0] == described[1] == described[2]
 
 
 def test_a_state_survives_the_way_through_a_tree():
     tree = tree_at(5)
-    state = train_lib.from_saved(tree, template(per_device_batch=16))
+    state = train_lib.from_saved(tree, template())
     assert harness.is_same(train_lib.to_saved(state), tree)
     assert int(state.step) == 5
     assert not np.any(state.opt_state.mini_step)

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-import train_lib
 from tests.training.test_processes import launched
+from training import compilation
 from training.stop_request import SAME_SIGNAL_SECONDS, StopRequest
 
 SIGNALS = pytest.mark.parametrize(
@@ -20,7 +20,7 @@ SIGNALS = pytest.mark.parametrize(
 def stop():
     """One that listens; puts the handlers of the two signals back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    request = StopRequest(train_lib.make_mesh())
+    request = StopRequest(compilation.make_mesh())
     request.listen()
     yield request
     for number, handler in before.items():

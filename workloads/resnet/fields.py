@@ -25,10 +25,6 @@ LARGEST_IMAGE = 2048
 LARGEST_RATE = 1e6
 LARGEST_DECAY_EXPONENT = 100  # 0.0001·2^±100 are normal numbers in fp32.
 
-# The largest per-device batch of ResNet-50 at 224×224 in fp32 that fits the memory. A hint for
-# speed alone: the results do not depend on it.
-ACCELERATORS = {'any': 512, 'v100-16gb': 64, 'v100-32gb': 128, 'a100': 256, 'h200': 512}
-
 # What the rules of the closed division leave no choice about, beside the rules of single fields.
 CLOSED_DIVISION = {
     'model': 'resnet50',
@@ -78,20 +74,6 @@ def _nearest_evaluated(value: int, every: int, offset: int) -> str:
     return f'; nearest that are: {", ".join(map(str, near)) or "none"} ({fields})'
 
 
-def _fits_accelerator(name: str, span: int, chosen: int | None) -> bool:
-    return name in ACCELERATORS and (chosen is not None or span <= ACCELERATORS[name])
-
-
-def _smaller_span(name: str, span: int, chosen: int | None) -> str:
-    if name not in ACCELERATORS:
-        return ''
-    return (
-        f' (bn_span={span} is more than the {ACCELERATORS[name]} examples that such a device '
-        f'holds); use a smaller span, another accelerator or, to try anyway, '
-        f'--config.per_device_batch={span}'
-    )
-
-
 def _by_optimizer(suffix: str) -> dict[str, str]:
     return {'lars': f'lars_opt_{suffix}', 'sgd': f'sgd_opt_{suffix}'}
 
@@ -127,10 +109,10 @@ class ResNetConfig(Config):
     # The tunable hyperparameters of the benchmark.
     bn_span: int = field(
         Rule(
-            '> 0 and divides global_batch_size',
-            lambda value, batch: value > 0 and batch % value == 0,
-            ('global_batch_size',),
-            lambda value, batch: f' (global_batch_size={batch})',
+            '> 0 and divides micro_batch_size',
+            lambda value, examples: value > 0 and examples % value == 0,
+            ('micro_batch_size',),
+            lambda value, examples: f' (micro_batch_size={examples})',
         ),
         'Examples whose statistics normalise a training example.',
         log_key='model_bn_span',
@@ -221,23 +203,6 @@ class ResNetConfig(Config):
     )
     target_top1: float = field(FRACTION, 'Top-1 accuracy on the evaluation set that ends the run.')
 
-    accelerator: str = _hardware(
-        Rule(
-            f'one of {", ".join(ACCELERATORS)}, with memory for bn_span examples',
-            _fits_accelerator,
-            ('bn_span', 'per_device_batch'),
-            _smaller_span,
-        ),
-        'Bounds the automatic per-device batch by its memory.',
-    )
-    per_device_batch: int | None = _hardware(
-        Rule(
-            '> 0 and a multiple of bn_span',
-            lambda value, span: value > 0 and span > 0 and value % span == 0,
-            ('bn_span',),
-        ),
-        'Examples per device and micro-step; none: the largest that fits.',
-    )
     cache_gib: float = _hardware(
         NOT_NEGATIVE,
         'Decoded images of a split stay in the memory of each process that reads them, if all of '

@@ -97,24 +97,24 @@ class ImageClassification:
         return loss, ({'loss': loss, 'top1': top1.mean()}, updated)
 
     def evaluate(self, variables: dict[str, Any], batch: dict[str, jax.Array]):
-        """Sums over the real examples of an evaluation batch; no label smoothing.
+        """Every example's share in the sums over an evaluation set; no label smoothing.
 
         Returns:
-          {'loss': fp32, 'correct': int32, 'examples': int32}.
+          {'loss': fp32, 'correct': bool, 'examples': bool}, [N]; nothing of one that is padding.
         """
         logits = self.model.apply(variables, self._inputs(batch['image']), train=False)
         real = batch['label'] != PADDING_LABEL
         losses = cross_entropy(logits, jnp.where(real, batch['label'], 0), 0.0)
         return {
-            'loss': jnp.where(real, losses, 0.0).sum(),
-            'correct': (real & (logits.argmax(-1) == batch['label'])).sum(dtype=jnp.int32),
-            'examples': real.sum(dtype=jnp.int32),
+            'loss': jnp.where(real, losses, 0.0),
+            'correct': real & (logits.argmax(-1) == batch['label']),
+            'examples': real,
         }
 
     def quality(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """The evaluation's result from the sums over the whole set: top-1 accuracy and loss."""
-        examples = int(sums['examples'])
+        examples = sums['examples']
         return {
-            'eval_top1': int(sums['correct']) / examples,
-            'eval_loss': float(sums['loss']) / examples,
+            'eval_top1': sums['correct'] / examples,
+            'eval_loss': sums['loss'] / examples,
         }

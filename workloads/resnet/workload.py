@@ -6,10 +6,10 @@ from typing import Any
 
 from input_pipeline import Pipeline, Share
 from settings.errors import ConfigError
-from settings.plan import MOST_STEPS, Course, DeviceBatch, Evaluation, Plan, Target
+from settings.plan import MOST_STEPS, Course, Evaluation, Plan, Target
 from training.workload import Optimizer, Workload
 from workloads.resnet import advice, images, optimizers
-from workloads.resnet.fields import ACCELERATORS, ResNetConfig, is_evaluated
+from workloads.resnet.fields import ResNetConfig, is_evaluated
 from workloads.resnet.records import Dataset, find_dataset
 from workloads.resnet.task import ImageClassification
 
@@ -61,7 +61,6 @@ class ResNet:
             unit='epoch',
             examples_per_unit=num_train,
             examples='images',
-            device_batch=DeviceBatch(config.bn_span, 'bn_span', ACCELERATORS[config.accelerator]),
         )
 
     def warnings(
