@@ -55,7 +55,9 @@ def run(
     config: hyperparameters.Config,
 ) -> int:
     """Sets up the processes and runs; the exit status."""
-    backend.prepare(config.deterministic)
+    alone = flags.coordinator is None and not backend.in_cluster()
+    micro_batches = config.global_batch_size // config.micro_batch_size
+    backend.prepare(config.deterministic, micro_batches if alone else 1)
     from training import compilation_cache, evaluation, processes, train_loop
 
     for name in ('absl', 'asyncio'):  # What fails is raised; their tracebacks would bury it.

@@ -65,7 +65,7 @@ class Ours:
     """
 
     def __init__(self, case: dict[str, Any], workdir: Path):
-        backend.prepare(case['deterministic'])
+        backend.prepare(case['deterministic'], micro_batches=1)
         jax.config.update('jax_compilation_cache_dir', case['cache'])
         devices = jax.device_count()
         prepared = cases.prepare(

@@ -26,19 +26,6 @@ class StartError(RejectedError):
     """The processes could not start together; the text says what to do."""
 
 
-def _in_cluster() -> bool:
-    """Whether a launcher that JAX knows how to ask has started this process, among others."""
-    environment = os.environ
-    slurm = 'SLURM_STEP_NODELIST' in environment and int(environment.get('SLURM_NTASKS', 1)) > 1
-    open_mpi = (
-        'OMPI_MCA_orte_hnp_uri' in environment
-        and int(environment.get('OMPI_COMM_WORLD_SIZE', 1)) > 1
-    )
-    # Of the pods of a cluster, only those of an indexed job belong together.
-    kubernetes = 'KUBERNETES_SERVICE_HOST' in environment and 'JOB_COMPLETION_INDEX' in environment
-    return slurm or open_mpi or kubernetes
-
-
 @contextlib.contextmanager
 def joined(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
@@ -88,7 +75,7 @@ def initialize(
         )
     if coordinator is not None and num_processes is not None and process_id is not None:
         _check_place(coordinator, num_processes, process_id)
-    if given or _in_cluster():
+    if given or backend.in_cluster():
         _join(coordinator, num_processes, process_id, timeout)
     try:
         jax.default_backend()

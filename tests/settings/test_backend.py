@@ -2,11 +2,17 @@
 """Sums on a CPU are right, and the same every time."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from settings import backend
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_sums_are_right():
@@ -22,19 +28,64 @@ def test_sums_of_products_are_right():
     assert float(squares[-1]) == 32_768.0**2
 
 
-def test_a_deterministic_run_takes_kernels_that_repeat(monkeypatch):
-    monkeypatch.setenv('XLA_FLAGS', '')
-    monkeypatch.delenv('NVIDIA_TF32_OVERRIDE', raising=False)
-    backend.prepare(deterministic=False)
-    assert not set(backend.DETERMINISTIC_GPU_FLAGS) & set(os.environ['XLA_FLAGS'].split())
-    backend.prepare(deterministic=True)
-    assert set(backend.DETERMINISTIC_GPU_FLAGS) <= set(os.environ['XLA_FLAGS'].split())
-    assert os.environ['NVIDIA_TF32_OVERRIDE'] == '0'
+@pytest.fixture
+def environ(monkeypatch):
+    """An environment of the test's own."""
+    monkeypatch.setattr(os, 'environ', {})
+    return os.environ
 
 
-def test_flags_are_added_once(monkeypatch):
-    monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=somewhere')
+def test_a_deterministic_run_takes_kernels_that_repeat(environ):
+    backend.prepare(False, 8)
+    assert not set(backend.DETERMINISTIC_GPU_FLAGS) & set(environ['XLA_FLAGS'].split())
+    backend.prepare(True, 8)
+    assert set(backend.DETERMINISTIC_GPU_FLAGS) <= set(environ['XLA_FLAGS'].split())
+    assert environ['NVIDIA_TF32_OVERRIDE'] == '0'
+
+
+@pytest.mark.parametrize(('micro_batches', 'devices'), [(8, 8), (64, 8), (12, 6), (7, 7), (1, 1)])
+def test_micro_batches_are_spread_over_cpu_devices(environ, micro_batches, devices):
+    backend.prepare(True, micro_batches)
+    assert environ['JAX_NUM_CPU_DEVICES'] == str(devices)
+    backend.prepare(True, 5)
+    assert environ['JAX_NUM_CPU_DEVICES'] == str(devices)
+
+
+# Sums of these gradients of kernels are split among threads.
+CONVOLUTION = """
+from settings import backend
+backend.configure()
+import hashlib, jax, numpy as np
+x, g = (np.random.default_rng(i).standard_normal((16, 8, 8, 16), np.float32) for i in (0, 1))
+def convolved(x, w):
+    how = ('NHWC', 'HWIO', 'NHWC')
+    return jax.lax.conv_general_dilated(x, w, (1, 1), 'SAME', dimension_numbers=how)
+def gradient(x, w, g):
+    return jax.vjp(convolved, x, w)[1](g)[1]
+found = jax.jit(gradient)(x, np.zeros((3, 3, 16, 16), np.float32), g)
+print(hashlib.sha256(np.asarray(found).tobytes()).hexdigest())
+"""
+
+
+def test_the_number_of_cores_and_devices_does_not_change_a_bit():
+    """On one core, on all, and with two devices; without the setting, 1 and 2 threads differ."""
+
+    def digest(program, *wrapper, **variables):
+        return subprocess.run(
+            [*wrapper, sys.executable, '-c', program],
+            cwd=ROOT, env=os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': '.'} | variables,
+            text=True, capture_output=True, check=True,
+        ).stdout  # fmt: skip
+
+    one_core = ('taskset', '-c', str(min(os.sched_getaffinity(0))))
+    assert digest(CONVOLUTION, *one_core) == digest(CONVOLUTION, JAX_NUM_CPU_DEVICES='2')
+    without = CONVOLUTION.replace('backend.configure()', '')
+    assert digest(without, NPROC='1') != digest(without, NPROC='2')
+
+
+def test_flags_are_added_once(environ):
+    environ['XLA_FLAGS'] = '--xla_dump_to=somewhere'
     backend.configure('--xla_gpu_autotune_level=0')
     backend.configure('--xla_gpu_autotune_level=0')
     flags = ['--xla_dump_to=somewhere', *backend.CPU_FLAGS, '--xla_gpu_autotune_level=0']
-    assert os.environ['XLA_FLAGS'].split() == flags
+    assert environ['XLA_FLAGS'].split() == flags

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from scripts.launch import free_port
+from settings import backend
 from training import processes
 
 PROGRAM = Path(__file__).with_name('joined.py')
@@ -67,7 +68,7 @@ def test_a_cluster_is_one_only_with_several_processes(monkeypatch, environment, 
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes._in_cluster() is inside
+    assert backend.in_cluster() is inside
 
 
 def test_half_the_arguments_are_rejected():
