@@ -9,9 +9,10 @@ JAX's types have 32 bits outside of these functions; none uses float64.
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,13 +43,12 @@ class FixedPoint:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return jnp.round(wide * 2.0**self.bits).astype(jnp.int64)
 
-    def rejected(self, x: jax.Array) -> jax.Array:
-        """The place, from 1, of the last element that is NaN or beyond the limit; 0 if none is.
+    def rejected(self, largest: 'Largest') -> jax.Array:
+        """The place, from 1, of an element that is NaN or beyond the limit; 0 if none is.
 
         A sum of such elements does not show it.
         """
-        places = jnp.arange(1, x.size + 1, dtype=jnp.int32).reshape(x.shape)
-        return jnp.where(jnp.abs(x) <= self.limit, 0, places).max()
+        return jnp.where(largest.value <= self.limit, 0, largest.place)
 
     def mean(self, total: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The average of all addends, from their sum."""
@@ -59,7 +59,35 @@ class FixedPoint:
         return total / (count << self.bits)
 
 
-def psum(tree: Any, formats: Any, axis: str) -> tuple[Any, jax.Array]:
+class Largest(NamedTuple):
+    """The largest of an array's elements in magnitude, a NaN if there is one.
+
+    Attributes:
+      value: its magnitude, fp32.
+      place: where it is, from 1, int32.
+    """
+
+    value: jax.Array
+    place: jax.Array
+
+
+@jax.enable_x64(True)
+def _word(x: jax.Array) -> jax.Array:
+    """An int64 that is larger, the larger an array's largest element is; see `_largest`.
+
+    By its bits, of which those of a NaN are larger than those of any number.
+    """
+    bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)).ravel(), jnp.int32)
+    return jnp.max((bits.astype(jnp.int64) << 32) + jnp.arange(1, x.size + 1))
+
+
+@jax.enable_x64(True)
+def _largest(word: jax.Array) -> Largest:
+    value = lax.bitcast_convert_type((word >> 32).astype(jnp.int32), jnp.float32)
+    return Largest(value, (word & 0xFFFFFFFF).astype(jnp.int32))
+
+
+def psum(tree: Any, formats: Any, axis: str) -> tuple[Any, jax.Array, jax.Array]:
     """Adds up a tree of floating-point arrays over a mesh's axis.
 
     Args:
@@ -68,14 +96,29 @@ def psum(tree: Any, formats: Any, axis: str) -> tuple[Any, jax.Array]:
       axis: of the mesh.
 
     Returns:
-      (sums, rejected): int64 arrays in the shapes of `tree`, replicated; int32 [arrays], in the
-      tree's order `FixedPoint.rejected` of every array, the largest of all devices. Where one is
-      not 0, the sums mean nothing.
+      (sums, rejected, largest): int64 arrays in the shapes of `tree`, replicated; in its order, for
+      every array `FixedPoint.rejected`, int32 [arrays], and the magnitude of its largest element,
+      fp32 [arrays], over all devices. Where one is rejected, the sums mean nothing.
     """
-    forms = jax.tree.map(lambda form, part: jax.tree.map(lambda _: form, part), formats, tree)
-    sums = jax.tree.map(lambda form, x: form.encode(x), forms, tree)
-    rejected = jax.tree.leaves(jax.tree.map(lambda form, x: form.rejected(x), forms, tree))
-    return lax.psum(sums, axis), lax.pmax(jnp.stack(rejected), axis)
+    broadcast = jax.tree.map(lambda form, part: jax.tree.map(lambda _: form, part), formats, tree)
+    arrays, structure = jax.tree.flatten(tree)
+    forms = jax.tree.leaves(broadcast)
+    # In one vector, for every collective is a wait.
+    parts = [form.encode(x).ravel() for form, x in zip(forms, arrays, strict=True)]
+    vector = lax.psum(jnp.concatenate(parts), axis)
+    words = lax.pmax(jnp.stack([_word(x) for x in arrays]), axis)
+    stops = itertools.accumulate(x.size for x in arrays)
+    sums = [
+        lax.slice(vector, [stop - x.size], [stop]).reshape(x.shape)
+        for stop, x in zip(stops, arrays, strict=True)
+    ]
+    found = [_largest(word) for word in words]
+    rejected = [form.rejected(each) for form, each in zip(forms, found, strict=True)]
+    return (
+        jax.tree.unflatten(structure, sums),
+        jnp.stack(rejected),
+        jnp.stack([each.value for each in found]),
+    )
 
 
 def psum_scatter(
@@ -87,13 +130,18 @@ def psum_scatter(
       (sums, rejected): as `psum`; `rejected` is a scalar, the same on all devices.
     """
     sums = lax.psum_scatter(form.encode(x), axis, scatter_dimension=dimension, tiled=True)
-    return sums, lax.pmax(form.rejected(x), axis)
+    return sums, form.rejected(_largest(lax.pmax(_word(x), axis)))
 
 
 @jax.enable_x64(True)
 def total(x: jax.Array) -> jax.Array:
     """The sum of all elements, integers or truth values, as int64."""
     return jnp.sum(x, dtype=jnp.int64)
+
+
+def largest(x: jax.Array) -> Largest:
+    """The largest element of an array."""
+    return _largest(_word(x))
 
 
 @jax.enable_x64(True)
@@ -132,6 +180,12 @@ def norm(tree: Any, axis: str | None = None) -> jax.Array:
     return jnp.where(largest < 2.0**126, jnp.sqrt(total) * scale, largest + jnp.inf)
 
 
+def named(tree: Any) -> list[tuple[str, Any]]:
+    """The arrays of nested dicts, in the order of a flattened tree, with the path as their name."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [('/'.join(str(key.key) for key in path), leaf) for path, leaf in pairs]
+
+
 def _mixed(x: Any) -> Any:
     """A bijection of 64-bit words that changes half of the bits for a change of one.
 
@@ -142,36 +196,46 @@ def _mixed(x: Any) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-def _words(xp: Any, name: str, array: Any) -> Any:
-    """A 64-bit word for every element of an array: of its name, its place and its bits."""
-    unsigned = np.dtype(f'uint{8 * array.dtype.itemsize}')
-    bits = lax.bitcast_convert_type(array, unsigned) if xp is jnp else array.view(unsigned)
-    described = f'{name} {array.dtype} {array.shape}'.encode()
-    start = int.from_bytes(hashlib.blake2b(described, digest_size=8).digest(), 'little')
-    place = xp.arange(array.size, dtype=np.uint64) + np.uint64(start)
-    return _mixed(_mixed(place) ^ bits.ravel().astype(np.uint64))
+def _first_place(tree: Any) -> np.uint64:
+    """Where the places of a tree's elements begin: a hash of all names, dtypes and shapes."""
+    described = [f'{name} {x.dtype} {list(x.shape)}' for name, x in named(tree)]
+    digest = hashlib.blake2b('\n'.join(described).encode(), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, 'little'))
 
 
-def named(tree: Any) -> list[tuple[str, Any]]:
-    """The arrays of nested dicts, in the order of a flattened tree, with the path as their name."""
-    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [('/'.join(str(key.key) for key in path), leaf) for path, leaf in pairs]
+def _unsigned(array: Any) -> np.dtype:
+    return np.dtype(f'uint{8 * array.dtype.itemsize}')
 
 
 @jax.enable_x64(True)
 def fingerprint(tree: Mapping[str, Any]) -> jax.Array:
-    """64 bits that tell a tree of arrays from another, as a uint64; see `fingerprint_on_host`.
+    """64 bits that tell nested dicts of arrays from others, as a uint64 (see `shown`).
 
-    A sum modulo 2^64 over all elements, so it does not depend on how arrays are split.
+    The sum, modulo 2^64, of a word for every element, of its place and its bits. So it does not
+    depend on how arrays are split.
+
+    Args:
+      tree: arrays whose elements have at most 32 bits.
     """
-    return sum((jnp.sum(_words(jnp, name, array)) for name, array in named(tree)), jnp.uint64(0))
+    parts = [lax.bitcast_convert_type(x, _unsigned(x)).ravel() for x in jax.tree.leaves(tree)]
+    # One vector, for a program of hundreds of sums takes many seconds to compile.
+    bits = jnp.concatenate([part.astype(np.uint32) for part in parts]).astype(np.uint64)
+    places = jnp.arange(bits.size, dtype=np.uint64) + _first_place(tree)
+    return jnp.sum(_mixed(_mixed(places) ^ bits))
 
 
 def fingerprint_on_host(tree: Mapping[str, Any]) -> int:
-    """The same of nested dicts of NumPy arrays."""
+    """The same of NumPy arrays."""
+    total, first = 0, _first_place(tree)
     with np.errstate(over='ignore'):
-        sums = [
-            int(np.sum(_words(np, name, np.asarray(array)), dtype=np.uint64))
-            for name, array in named(tree)
-        ]
-    return sum(sums) % 2**64
+        for x in map(np.asarray, jax.tree.leaves(tree)):
+            places = np.arange(x.size, dtype=np.uint64) + first
+            words = _mixed(_mixed(places) ^ x.view(_unsigned(x)).ravel().astype(np.uint64))
+            total += int(np.sum(words, dtype=np.uint64))
+            first += np.uint64(x.size)
+    return total % 2**64
+
+
+def shown(fingerprint: Any) -> str:
+    """A fingerprint as people see it: 16 hex digits."""
+    return f'{int(fingerprint):016x}'

@@ -323,10 +323,13 @@ def train_step(
     # As one vector a collection: hundreds of small arrays would be as many kernels, several times.
     packed = {name: ravel_pytree(collection)[0] for name, collection in found.items()}
     formats = _formats(packed, model.micro_batches)
-    total, rejected = exact_sums.psum(packed, formats, AXIS)
-    metrics, unclear = exact_sums.psum(metrics, _metric_format(model.micro_batches), AXIS)
+    (total, metrics), rejected, largest = exact_sums.psum(
+        (packed, metrics), (formats, _metric_format(model.micro_batches)), AXIS
+    )
     total = lax.optimization_barrier(total)
-    rejected = jnp.maximum(state.rejected, jnp.append(rejected, unclear.max()))
+    count = len(packed)
+    rejected = jnp.append(rejected[:count], rejected[count:].max())
+    rejected = jnp.maximum(state.rejected, rejected)
     updates, opt_state = model.optimizer.update(total, state.opt_state, state.variables)
     moved = TrainState(
         optax.apply_updates(state.variables, updates),
@@ -341,7 +344,7 @@ def train_step(
     new = dataclasses.replace(new, rejected=rejected)
     return new, {
         'sums': metrics,
-        'largest_gradient': lax.pmax(jnp.abs(packed['params']).max(), AXIS),
+        'largest_gradient': largest[sorted(packed).index('params')],
         'learning_rate': model.schedule(state.step),
         'loss_scale': new.loss_scale.value,
         'rejected': rejected,
@@ -391,7 +394,7 @@ def eval_step(variables: Variables, batch: Any, *, task: Task) -> dict[str, dict
     sums = {
         'counts': {n: exact_sums.total(x) for n, x in found.items() if n not in amounts},
         'amounts': {n: exact_sums.total(EVALUATED.encode(x)) for n, x in amounts.items()},
-        'rejected': {n: EVALUATED.rejected(x) for n, x in amounts.items()},
+        'rejected': {n: EVALUATED.rejected(exact_sums.largest(x)) for n, x in amounts.items()},
     }
     return lax.psum(sums, AXIS)
 

@@ -120,6 +120,11 @@ class FinishedRun:
         return [_metrics_of(x, unit, f'line {n} of {path}') for n, x in enumerate(lines, start=1)]
 
     @property
+    def fingerprint(self) -> str:
+        """Of the state at the last evaluation; '–' for a run of before there were fingerprints."""
+        return self.metrics[-1].get('fingerprint', '–')
+
+    @property
     def working_seconds(self) -> float:
         """Seconds of training, evaluation and checkpoints, without the pauses of interruptions.
 

@@ -118,7 +118,7 @@ def make(
         runs=_rows(
             (run.directory.name, run.config.seed, 'reached' if run.reached else 'MISSED',
              run.count, f'{run.results[-1][1]:.5f}', f'{run.seconds:.1f}',
-             f'{run.working_seconds:.1f}')
+             f'{run.working_seconds:.1f}', run.fingerprint)
             for run in runs
         ),
     )  # fmt: skip

@@ -34,6 +34,7 @@ def lines(
     variables: Any,
     workdir: Path,
     step: int,
+    fingerprint: str,
 ) -> list[str]:
     """The banner of a run.
 
@@ -43,10 +44,12 @@ def lines(
       variables: {'params': …} of arrays or their shapes.
       workdir: the work directory.
       step: of the checkpoint that it resumes from; 0 if it is a new run.
+      fingerprint: of that checkpoint; empty if it is a new run.
     """
     devices = jax.devices()
     parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(variables['params']))
-    start = f'resumed from step {step} ({plan.course.unit} {plan.position(step):.2f})'
+    position = f'{plan.course.unit} {plan.position(step):.2f}'
+    start = f'resumed from step {step} ({position}), fingerprint {fingerprint}'
     rows = {
         'devices': f'{len(devices)} × {devices[0].device_kind}',
         'processes': str(jax.process_count()),

@@ -135,14 +135,14 @@ class Progress:
         """The first step begins: what counts as the run's time starts here."""
         self._started = time.monotonic()
 
-    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+    def _write(self, step: int, values: Mapping[str, float], **texts: str) -> None:
         assert self._file
         elapsed = self._elapsed + time.monotonic() - self._started
         course = self._plan.course
         line: dict[str, Any] = {'step': step, course.unit: round(self._plan.position(step), 4)}
         # An evaluation's loss may overflow in half precision, which JSON cannot say.
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(line | {'elapsed_seconds': elapsed}))
+        self._file.write(json.dumps(line | texts | {'elapsed_seconds': elapsed}))
         self._events.write(step, values)
 
     def say(self, text: str) -> None:
@@ -158,7 +158,7 @@ class Progress:
             self._open_line = False
 
     def training(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics of the training steps since the last call."""
+        """Metrics of the training steps since the last call; 'step_loss' is the last step's own."""
         if not self._file:
             return
         self._write(step, values)
@@ -178,17 +178,28 @@ class Progress:
         else:
             print('  '.join(text for _, text in fields), flush=True)
 
-    def evaluation(self, at: Evaluation, values: Mapping[str, float]) -> None:
-        """The result of an evaluation: its target's metric, its loss, and the time it took."""
+    def evaluation(self, at: Evaluation, values: Mapping[str, float], fingerprint: str) -> None:
+        """The result of an evaluation.
+
+        Args:
+          at: which one.
+          values: the target's metric, the loss, and the time it took.
+          fingerprint: of the state that was evaluated.
+        """
         if not self._file:
             return
-        self._write(at.step, values)
+        self._write(at.step, values, fingerprint=fingerprint)
         target, loss = self._plan.target, values['eval_loss']
-        quality = f'{target.words} {values[target.metric]:.5f}'
-        self.say(
-            f'{self._plan.course.unit} {at.count:6}  step {at.step}  evaluation: {quality}'
-            + ('' if target.metric == 'eval_loss' else f', loss {loss:.4f}')
-        )
+        fields = [
+            f'{self._plan.course.unit} {at.count:6}',
+            f'step {at.step}',
+            f'{target.words} {values[target.metric]:.5f}',
+            f'loss {loss:.4f}',
+            fingerprint,
+        ]
+        if target.metric == 'eval_loss':
+            del fields[3]
+        self.say('  '.join(fields))
 
     def close(self) -> None:
         """Ends the files and the line."""

@@ -6,10 +6,9 @@ Set before JAX starts its devices, they make results right and the same every ti
 
 import os
 
-# Threads that XLA computes with on a CPU, which split some sums of a convolution among them. Without
-# this there would be as many as usable cores or devices, whichever are more. They are the most CPU
-# devices that a process can have, and as fewer devices leave threads waiting for each other, a
-# process by itself takes as many as it can use.
+# Threads that XLA computes with on a CPU, which split some sums of a convolution among them; else
+# there are as many as usable cores or devices, whichever are more. So a process can have no more
+# devices than this. With few, threads are in each other's way: it takes as many as it can use.
 CPU_THREADS = 8
 CPU_FLAGS = (
     # Other vector units are other orders of addition.

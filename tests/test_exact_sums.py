@@ -63,7 +63,7 @@ def test_sums_over_devices_are_those_of_one(addends, devices):
     """Replicated and scattered, with the rest added up before, as by accumulation."""
 
     def add(x):
-        sums, rejected = exact_sums.psum({'x': x}, {'x': FORM}, AXIS)
+        sums, rejected, _ = exact_sums.psum({'x': x}, {'x': FORM}, AXIS)
         scattered, also = exact_sums.psum_scatter(x, FORM, AXIS, dimension=1)
         return exact_sums.total(sums['x'][:, 0]), sums['x'], scattered, rejected, also
 
@@ -90,19 +90,25 @@ def test_an_element_that_cannot_be_added_up_is_found_on_whatever_device(addends,
     spoilt = addends.copy()
     spoilt[29, 7] = wrong
     program = jax.shard_map(
-        lambda x: exact_sums.psum([jnp.ones(3), x], FORM, AXIS)[1],
+        lambda x: exact_sums.psum([jnp.ones(3), x], FORM, AXIS)[1:],
         mesh=mesh_of(8),
         in_specs=PartitionSpec(AXIS),
         out_specs=PartitionSpec(),
         check_vma=False,
     )
     # Row 29 is the last of the fifth device's six.
-    assert jax.jit(program)(spoilt).tolist() == [0, 5 * SIZE + 8]
-    assert jax.jit(program)(addends).tolist() == [0, 0]
+    rejected, largest = jax.device_get(jax.jit(program)(spoilt))
+    assert rejected.tolist() == [0, 5 * SIZE + 8]
+    np.testing.assert_array_equal(largest, np.array([1, abs(wrong)], np.float32))
+    rejected, largest = jax.device_get(jax.jit(program)(addends))
+    assert rejected.tolist() == [0, 0]
+    assert largest.tolist() == [1, np.abs(addends).max()]
 
 
 def test_the_limit_itself_is_valid():
-    assert int(FORM.rejected(jnp.array([FORM.limit, -FORM.limit, 0.0]))) == 0
+    found = exact_sums.largest(jnp.array([0.0, -FORM.limit, 1.0]))
+    assert (float(found.value), int(found.place)) == (FORM.limit, 2)
+    assert int(FORM.rejected(found)) == 0
 
 
 @pytest.fixture(scope='module')

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from settings.errors import SaveError
-from training.checkpointing import checksum, first_line
+from training.checkpointing import first_line, signed
 
 KEPT = 2  # The newest, and the one before it in case the newest is damaged.
 
@@ -79,7 +79,7 @@ class CheckpointSaver:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(tree),
-                record=ocp.args.JsonSave(dict(record) | {'checksum': checksum(tree)}),
+                record=ocp.args.JsonSave(signed(record, tree)),
             ),
         )
 

@@ -2,14 +2,13 @@
 """Checkpoints of whole optimizer steps, with nothing in them about hardware.
 
 A checkpoint is a tree of NumPy arrays (weights, running statistics, optimizer state, step, loss
-scale) and a small JSON record (step, configuration with the seed, checksum), written with Orbax.
+scale) and a small JSON record (step, configuration with the seed, fingerprint), written with Orbax.
 Process 0 reads the newest good one at the start and the others receive it, so a run continues on
 any number of devices and processes. `checkpoint_saver` writes them while a run trains.
 """
 
 import dataclasses
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
 
+from exact_sums import fingerprint_on_host, named, shown
 from settings.errors import CheckpointError
 from train_lib import TrainState, Variables, to_saved
 
@@ -57,7 +57,7 @@ def read_weights(path: Path) -> dict[str, Any]:
         weights = read(path)[0]['variables']
     except CheckpointError as error:
         raise CheckpointError(f'init_from={path}: {error}') from error
-    wild = [name for name, array in _flat(weights) if not np.isfinite(array).all()]
+    wild = [name for name, array in named(weights) if not np.isfinite(array).all()]
     if wild:
         raise CheckpointError(
             f'init_from={path}: values of {len(wild)} arrays are not finite (NaN or infinity): '
@@ -103,23 +103,13 @@ def initial_weights(
     return replace_weights(path, read_weights(path), ours, head)
 
 
-def _flat(tree: Any) -> list[tuple[str, Any]]:
-    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [('/'.join(str(key.key) for key in path), leaf) for path, leaf in pairs]
-
-
 def _described(tree: Any) -> dict[str, str]:
-    return {name: f'{x.dtype}{list(x.shape)}' for name, x in _flat(tree)}
+    return {name: f'{x.dtype}{list(x.shape)}' for name, x in named(tree)}
 
 
-def checksum(tree: Any) -> int:
-    """CRC-32 over names, dtypes, shapes and bytes of a tree of host arrays."""
-    total = 0
-    for name, leaf in _flat(tree):
-        array = np.asarray(leaf)
-        total = zlib.crc32(f'{name}{array.dtype}{array.shape}'.encode(), total)
-        total = zlib.crc32(np.ascontiguousarray(array).data.cast('B') if array.size else b'', total)
-    return total
+def signed(record: Mapping[str, Any], tree: Any) -> dict[str, Any]:
+    """A checkpoint's record with the fingerprint of its tree."""
+    return dict(record) | {'fingerprint': shown(fingerprint_on_host(tree))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +136,7 @@ def find(directory: Path, template: TrainState) -> Found:
         model than `template`.
     """
     directory, damaged = directory.resolve(), []
-    paths = directory.iterdir() if directory.is_dir() else ()
-    for step in sorted((int(p.name) for p in paths if _is_step(p)), reverse=True):
+    for step in steps(directory):
         path = directory / str(step)
         try:
             tree, _ = read(path)
@@ -164,8 +153,11 @@ def find(directory: Path, template: TrainState) -> Found:
     return Found(None)
 
 
-def _is_step(path: Path) -> bool:
-    return path.name.isascii() and path.name.isdecimal() and path.name == str(int(path.name))
+def steps(directory: Path) -> list[int]:
+    """The steps of the checkpoints in a run's directory, whole or not, the newest first."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    numbers = [int(name) for name in names if name.isascii() and name.isdecimal()]
+    return sorted((n for n in numbers if str(n) in names), reverse=True)
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -184,13 +176,13 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         _read_one_by_one(directory / 'state')
         restored = _restore(directory)
         tree, record = jax.tree.map(np.asarray, restored['state']), restored['record']
-        whole = checksum(tree) == record['checksum']
+        whole = signed(record, tree) == record
     except CheckpointError:
         raise
     except Exception as error:  # Orbax, TensorStore and JSON have many for a damaged file.
         raise CheckpointError(f'it cannot be read: {first_line(error)}') from error
     if not whole:
-        raise CheckpointError('its checksum is not the one that was written')
+        raise CheckpointError('its fingerprint is not the one that was written')
     return tree, record
 
 
@@ -264,7 +256,7 @@ def write(directory: Path, tree: Mapping[str, Any], record: Mapping[str, Any]) -
             directory.resolve(),
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(tree),
-                record=ocp.args.JsonSave(dict(record) | {'checksum': checksum(tree)}),
+                record=ocp.args.JsonSave(signed(record, tree)),
             ),
         )
 

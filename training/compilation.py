@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import exact_sums
 import train_lib
 from train_lib import AXIS, Model, Task
 
@@ -21,13 +22,15 @@ REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
 class Programs(NamedTuple):
     """A run's compiled programs.
 
-    `train(state, batch)` and `evaluate(variables, batch)` take and give arrays on the mesh: state
-    and results replicated, batches split along their first axis.
+    `train(state, batch)`, `evaluate(variables, batch)` and `fingerprint(train_lib.to_saved(state))`
+    take and give arrays on the mesh: state and results replicated, batches split along their first
+    axis.
     """
 
     mesh: Mesh
     train: jax.stages.Compiled
     evaluate: jax.stages.Compiled
+    fingerprint: jax.stages.Compiled
 
 
 def make_mesh() -> Mesh:
@@ -86,10 +89,16 @@ def trace_evaluate(task: Task, micro_batch_size: int, mesh: Mesh) -> jax.stages.
     )
 
 
+def _trace_fingerprint(model: Model, mesh: Mesh) -> jax.stages.Traced:
+    saved = train_lib.to_saved(train_lib.abstract_state(model))
+    return jax.jit(exact_sums.fingerprint).trace(_placed(mesh, REPLICATED, saved))
+
+
 def compile_steps(model: Model, micro_batch_size: int, mesh: Mesh) -> Programs:
     """Compiles a run's programs for so many examples a device."""
     return Programs(
         mesh,
         trace_train(model, micro_batch_size, mesh).lower().compile(),
         trace_evaluate(model.task, micro_batch_size, mesh).lower().compile(),
+        _trace_fingerprint(model, mesh).lower().compile(),
     )

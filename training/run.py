@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+import exact_sums
 import train_lib
 from input_pipeline import Pipeline
 from run_files.mlperf_log import EventLog
@@ -119,6 +120,7 @@ class Run:
         laps, self._laps = self._laps, []
         values = {name: statistics.fmean(lap[name] for lap in laps) for name in laps[0]}
         values |= {
+            'step_loss': laps[-1]['loss'],
             'largest_gradient': max(lap['largest_gradient'] for lap in laps),
             'learning_rate': laps[-1]['learning_rate'],
             'loss_scale': laps[-1]['loss_scale'],
@@ -161,6 +163,7 @@ class Run:
         log, target = self.parts.log, self.parts.plan.target
         saving = self.save()
         before = time.monotonic()
+        fingerprint = self.parts.programs.fingerprint(train_lib.to_saved(self.state))
         log.eval_start(at)
         result = self.evaluate()
         if result is None:
@@ -168,7 +171,7 @@ class Run:
         # If a run was killed here, the log holds what it had found, and that counts.
         result[target.metric] = log.eval_stop(at, result[target.metric])
         times = {'eval_seconds': time.monotonic() - before, 'checkpoint_seconds': saving}
-        self.parts.progress.evaluation(at, result | times)
+        self.parts.progress.evaluation(at, result | times, exact_sums.shown(fingerprint))
         return processes.broadcast(target.is_met(result[target.metric]))
 
     def _blocks(self) -> Outcome:

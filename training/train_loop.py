@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+import exact_sums
 import train_lib
 from run_files import banner, log_check, work_directory
 from run_files.mlperf_log import EventLog
@@ -50,7 +51,9 @@ def set_up(
     saver = processes.run_on_lead(
         lambda: CheckpointSaver(workdir / 'checkpoints', progress.say, begin.found.damaged)
     )
-    for line in banner.lines(config, plan, dataset.digest, template.variables, workdir, step):
+    found = begin.found.tree
+    mark = '' if found is None else exact_sums.shown(exact_sums.fingerprint_on_host(found))
+    for line in banner.lines(config, plan, dataset.digest, template.variables, workdir, step, mark):
         progress.say(line)
     before = time.monotonic()
     progress.say('compiling …')

@@ -32,6 +32,7 @@ DIGITS = plan(1437, 360, 128, Evaluation(225, 20, {}, {}, {}))
 IMAGENET = plan(1281167, 50000, 4096, Evaluation(28151, 90, {}, {}, {}))
 FIRST = Evaluation(1, 1, {}, {}, {})
 TRAINING = {'loss': 6.90776, 'learning_rate': 10.0, 'examples_per_second': 123456.0, 'seconds': 3.0}
+MARK = '0123456789abcdef'
 EVALUATION = {'eval_top1': 0.75912, 'eval_loss': 1.5, 'eval_seconds': 2.0}
 
 
@@ -89,7 +90,7 @@ def test_what_follows_the_progress_line_has_a_line_of_its_own(tmp_path, capsys, 
     shown = progress.Progress(tmp_path, DIGITS, 0)
     for end in (
         lambda: shown.say('text'),
-        lambda: shown.evaluation(FIRST, EVALUATION),
+        lambda: shown.evaluation(FIRST, EVALUATION, MARK),
         shown.close,
     ):
         shown.training(1, TRAINING)
@@ -98,6 +99,15 @@ def test_what_follows_the_progress_line_has_a_line_of_its_own(tmp_path, capsys, 
         assert capsys.readouterr().out.startswith('\r\x1b[K')
     shown.close()
     assert capsys.readouterr().out == ''
+
+
+def test_an_evaluation_fits_the_screen_and_records_the_fingerprint(tmp_path, capsys):
+    shown = progress.Progress(tmp_path, IMAGENET, 0)
+    shown.evaluation(dataclasses.replace(FIRST, step=28151, count=90), EVALUATION, MARK)
+    line = capsys.readouterr().out.strip()
+    assert line == f'epoch     90  step 28151  top-1 0.75912  loss 1.5000  {MARK}'
+    assert len(line) < 80
+    assert [line['fingerprint'] for line in lines_of(tmp_path)] == [MARK]
 
 
 def lines_of(path):
@@ -110,7 +120,7 @@ def metrics(tmp_path):
     shown = progress.Progress(tmp_path, DIGITS, 0)
     for step in (1, 2, 3):
         shown.training(step, TRAINING)
-    shown.evaluation(dataclasses.replace(FIRST, step=3), EVALUATION)
+    shown.evaluation(dataclasses.replace(FIRST, step=3), EVALUATION, MARK)
     shown.close()
     return (tmp_path / 'metrics.jsonl').read_bytes().splitlines(keepends=True)
 
@@ -145,7 +155,8 @@ def test_damaged_line_of_metrics_costs_that_line(tmp_path, capsys, metrics, dama
 def test_an_evaluation_whose_loss_overflows_is_recorded_without_it(tmp_path, capsys):
     """Its accuracy counts all the same, and what is written stays JSON."""
     shown = progress.Progress(tmp_path, DIGITS, 0)
-    shown.evaluation(dataclasses.replace(FIRST, step=12), EVALUATION | {'eval_loss': float('nan')})
+    overflown = EVALUATION | {'eval_loss': float('nan')}
+    shown.evaluation(dataclasses.replace(FIRST, step=12), overflown, MARK)
     (line,) = (tmp_path / 'metrics.jsonl').read_text().splitlines()
 
     def strict(constant):
@@ -237,16 +248,17 @@ def test_banner_says_what_runs_in_80_columns(tmp_path, name):
     config = resolve('imagenet', 'x', dtype='bfloat16', division='open', seed=2**63 - 1)
     digest = f'{"d1" * 8}-{"ce" * 8}'
     weights = {'params': {'kernel': progress_array((7, 7, 3, 64)), 'bias': progress_array((64,))}}
-    lines = banner.lines(config, IMAGENET, digest, weights, tmp_path / name, 3130)
+    lines = banner.lines(config, IMAGENET, digest, weights, tmp_path / name, 3130, MARK)
     assert max(map(len, lines)) <= 80
     text = '\n'.join(lines)
     for words in (
         '8 × cpu', '4096 images = 1 device(s) × 4096 × 1 accumulation step(s)', 'bfloat16',
         'resnet50, 9,472 parameters', 'imagenet2012: 1,281,167 images to train', 'd1d1',
-        str(2**63 - 1), 'resumed from step 3130 (epoch 10.01)',
+        str(2**63 - 1), 'resumed from step 3130 (epoch 10.01)', MARK,
     ):  # fmt: skip
         assert words in text
-    assert 'new run' in '\n'.join(banner.lines(config, IMAGENET, digest, weights, tmp_path, 0))
+    new = banner.lines(config, IMAGENET, digest, weights, tmp_path, 0, '')
+    assert 'new run' in '\n'.join(new)
 
 
 def progress_array(shape):
