@@ -65,6 +65,15 @@ def instruction_sets(cpuinfo: str) -> list[str]:
     )
 
 
+def caches() -> list[str]:
+    """The caches of a core, such as 'L1 Data 32K'; libraries choose blocks of matrices by them."""
+    folders = sorted(Path('/sys/devices/system/cpu/cpu0/cache').glob('index*'))
+    return [
+        f'L{read(f"{folder}/level")} {read(f"{folder}/type")} {read(f"{folder}/size")}'
+        for folder in folders
+    ]
+
+
 def gpus() -> list[dict[str, str]]:
     """The GPUs that the NVIDIA driver sees, one mapping for each; none without a driver."""
     command = ['nvidia-smi', f'--query-gpu={_GPU_QUERY}', '--format=csv,noheader']
@@ -99,6 +108,7 @@ def describe(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
             f'{name} {field(cpuinfo, name)}' for name in ('cpu family', 'model', 'stepping')
         ),
         'instruction_sets': instruction_sets(cpuinfo),
+        'caches': caches(),
         'usable_cores': len(os.sched_getaffinity(0)),
         'cores': os.cpu_count(),
         'memory': memory(read('/proc/meminfo')),

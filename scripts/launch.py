@@ -50,13 +50,16 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def environments(flags: argparse.Namespace, inherited: Mapping[str, str]) -> list[dict[str, str]]:
-    """What each process adds to its environment so that it sees one device.
+    """What each process adds to its environment so that it sees one GPU, or has one CPU device.
+
+    It has more CPU devices where JAX_NUM_CPU_DEVICES says so.
 
     Raises:
       ValueError: when CUDA_VISIBLE_DEVICES names fewer GPUs than are asked for.
     """
     if flags.cpus:
-        return [{'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}] * flags.cpus
+        devices = inherited.get('JAX_NUM_CPU_DEVICES', '1')
+        return [{'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': devices}] * flags.cpus
     visible = inherited.get('CUDA_VISIBLE_DEVICES')
     gpus = visible.split(',') if visible else [str(i) for i in range(flags.gpus)]
     if len(gpus) < flags.gpus:

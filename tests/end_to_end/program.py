@@ -67,14 +67,14 @@ class Program:
         self._arguments = [str(ROOT / 'main.py'), f'--workdir={workdir}']
         self._arguments += [f'--config.{name}={value}' for name, value in config.items()]
 
-    def start(self, *, cpus=None, devices=1, more=()) -> 'Program':
-        """Starts it; what it has said before is forgotten."""
+    def start(self, *, cpus=None, devices=1, more=(), wrapper=()) -> 'Program':
+        """Starts it, by a command if there is a wrapper; what it has said before is forgotten."""
         command = [*self._arguments, *more]
         if cpus:
             command = [str(ROOT / 'scripts' / 'launch.py'), f'--cpus={cpus}', '--', *command]
         with self.output.open('w') as output:
             self._process = subprocess.Popen(
-                [sys.executable, *command],
+                [*wrapper, sys.executable, *command],
                 env=environment(devices),
                 stdout=output,
                 stderr=subprocess.STDOUT,

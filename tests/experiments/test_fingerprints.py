@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run has the fingerprint that is known for its machine and versions."""
+
+import json
+
+import pytest
+
+from experiments import known_fingerprints
+
+
+@pytest.mark.parametrize(
+    'dtype',
+    ['float32', *(pytest.param(d, marks=pytest.mark.slow) for d in ('bfloat16', 'float16'))],
+)
+def test_the_fingerprint_is_the_known_one(digits_dir, dtype):
+    ours = known_fingerprints.found(dtype, digits_dir)
+    expected = known_fingerprints.known(ours)
+    if expected is None:
+        machine = f'{ours["device"]}, {ours["processor"]}, {ours["caches"]}, {ours["versions"]}'
+        pytest.skip(
+            f'no fingerprint is known for {machine}; '
+            '`python experiments/known_fingerprints.py --record` adds it'
+        )
+    assert ours['fingerprint'] == expected
+
+
+def test_another_machine_has_no_known_fingerprint(tmp_path, monkeypatch):
+    entry = {'dtype': 'float32', 'caches': ['L1 32K'], 'fingerprint': 'a'}
+    monkeypatch.setattr(known_fingerprints, 'TABLE', tmp_path / 'table.json')
+    (tmp_path / 'table.json').write_text(json.dumps([entry]))
+    assert known_fingerprints.known(entry | {'fingerprint': 'b'}) == 'a'
+    assert known_fingerprints.known(entry | {'caches': ['L1 48K']}) is None
