@@ -196,7 +196,7 @@ model name\t: AMD EPYC 9B45
 
 def test_the_environment_describes_the_machine(monkeypatch, used):
     texts = {'/proc/cpuinfo': CPUINFO, '/proc/meminfo': 'MemTotal:  24696832 kB\n'}
-    monkeypatch.setattr(machine, 'read', texts.__getitem__)
+    monkeypatch.setattr(machine, 'read', lambda path: texts.get(path, 'x'))
     gpu = {'name': 'NVIDIA H100', 'driver_version': '570.1'}
     monkeypatch.setattr(machine, 'gpus', lambda: [gpu, gpu])
     monkeypatch.setenv('XLA_FLAGS', '--xla_a=1')
@@ -209,6 +209,7 @@ def test_the_environment_describes_the_machine(monkeypatch, used):
     assert found['instruction_sets'] == [
         'amx_tile', 'avx', 'avx2', 'avx512_bf16', 'avx512f', 'fma', 'sse4_2',
     ]  # fmt: skip
+    assert all(cache == 'Lx x x' for cache in found['caches'])
     assert found['usable_cores'] == len(os.sched_getaffinity(0))
     assert found['cores'] >= found['usable_cores']
     assert found['memory'] == '24 GiB'
