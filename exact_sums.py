@@ -161,11 +161,11 @@ def norm(tree: Any, axis: str | None = None) -> jax.Array:
       fp32 scalar; NaN if an element is, infinite if one is not below 2^126 in magnitude.
     """
     leaves = jax.tree.leaves(tree)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
+    most = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
     if axis:
-        largest = lax.pmax(largest, axis)
+        most = lax.pmax(most, axis)
     # Powers of two by their bits, for `jnp.ldexp` computes them in floating point.
-    exponent = jnp.clip(lax.bitcast_convert_type(largest, jnp.int32) >> 23, 1, 252)
+    exponent = jnp.clip(lax.bitcast_convert_type(most, jnp.int32) >> 23, 1, 252)
     scale = lax.bitcast_convert_type((exponent + 1) << 23, jnp.float32)
     inverse = lax.bitcast_convert_type((253 - exponent) << 23, jnp.float32)
     upper, lower = jnp.int64(0), jnp.int64(0)
@@ -176,8 +176,8 @@ def norm(tree: Any, axis: str | None = None) -> jax.Array:
     if axis:
         upper, lower = lax.psum((upper, lower), axis)
     upper, lower = upper + (lower >> 29), lower & (2**29 - 1)
-    total = upper.astype(jnp.float32) * 2.0**-29 + lower.astype(jnp.float32) * 2.0**-58
-    return jnp.where(largest < 2.0**126, jnp.sqrt(total) * scale, largest + jnp.inf)
+    squares = upper.astype(jnp.float32) * 2.0**-29 + lower.astype(jnp.float32) * 2.0**-58
+    return jnp.where(most < 2.0**126, jnp.sqrt(squares) * scale, most + jnp.inf)
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:

@@ -3,8 +3,8 @@
 
 Training reads an endless sequence of positions. Position p is example π_e(p mod N) of the training
 set, π_e a permutation drawn from (seed, epoch e = p // N). What else is random about an example is
-drawn from (seed, p). Micro-step i of a run is positions [i·D·M, (i + 1)·D·M), and device d has the
-d-th M of them. So a batch is a pure function of the seed and its number: there is no iterator
+drawn from (seed, p). Micro-step i of a run is positions [i·D·G, (i + 1)·D·G), and device d has the
+d-th G of them. So a batch is a pure function of the seed and its number: there is no iterator
 state, and neither processes, threads nor restarts change what is in it. Grain runs that function
 ahead of the training loop, in threads or in processes.
 

@@ -30,12 +30,11 @@ AXIS = 'data'
 # What an element of a micro-batch's gradient, of its statistics and its metrics, and the loss of an
 # evaluated example may be in magnitude. The smaller, the finer the sums: see `FixedPoint`.
 LARGEST_GRADIENT, LARGEST_VALUE = 2.0**12, 2.0**24
-EVALUATED = FixedPoint(2.0**16, 2**16)  # Examples of all devices in one evaluation batch.
+EVALUATED = FixedPoint(2.0**16, 2**16)  # Of at most so many examples in a batch of all devices.
 
 # Dynamic loss scaling (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2), float16 only.
 INITIAL_LOSS_SCALE, LARGEST_LOSS_SCALE = 2.0**15, 2.0**24
 STEPS_TO_DOUBLE_LOSS_SCALE = 2000
-
 
 Variables = dict[str, Any]  # {'params': …} and the collections of statistics, if there are any.
 
@@ -389,7 +388,8 @@ def eval_step(variables: Variables, batch: Any, *, task: Task) -> dict[str, dict
       By name the 'counts' of integers and truth values, the 'amounts' of floating-point numbers in
       the format `EVALUATED`, both int64, and not 0 in 'rejected' if one of these was.
     """
-    found = task.evaluate(*lax.optimization_barrier((variables, batch)))
+    variables, batch = lax.optimization_barrier((variables, batch))
+    found = lax.optimization_barrier(task.evaluate(variables, batch))
     amounts = {n: x for n, x in found.items() if jnp.issubdtype(x.dtype, jnp.floating)}
     sums = {
         'counts': {n: exact_sums.total(x) for n, x in found.items() if n not in amounts},

@@ -5,8 +5,10 @@
 # beside PyTorch, the loop against the bare step, the time to the first step, a profile.
 #
 # Usage: speed/gpu_session.sh [PART...]
-#   PART  fp32, digits, main, grid, first, profile (default: all, in this order; main is the comparison
-#         at batch 256, grid the other batches, float16 and accumulation)
+#   PART  fp32, digits, same, main, grid, first, profile (default: all, in this order; same trains the digits
+#         twice and once interrupted, and on several GPUs if there are, and compares the fingerprints; main is
+#         the comparison at batch 256, with and without exact sums, grid the other batches, float16 and
+#         accumulation)
 #
 # Environment: OUT             where the results go (default: runs/gpu_session)
 #              PYTHON          a Python with JAX for the GPU and what main.py imports (default: .venv's,
@@ -52,6 +54,29 @@ part() { # part NAME COMMAND...: runs it within the limit, into the log
         failed+=("$1")
 }
 
+# Trains the digits in several ways; prints the fingerprint and the accuracy that each ended with.
+same() {
+    local run="$OUT/scratch/same" count gpus way="--gpus"
+    gpus="$(nvidia-smi --list-gpus 2> /dev/null | wc -l)"
+    ((gpus > 0)) || { way="--cpus"; gpus=2; }
+    digits() { # digits NAME COMMAND...
+        "${@:2}" main.py --config=configs/digits.py --workdir="$run/$1" --config.seed=20261123 >&2
+    }
+    digits first "$PYTHON"
+    digits again "$PYTHON"
+    # Interrupted, so that it resumes; a machine that is done before has nothing to resume.
+    timeout --signal=TERM "${INTERRUPT_SECONDS:-20}" \
+        "$PYTHON" main.py --config=configs/digits.py --workdir="$run/resumed" --config.seed=20261123 >&2
+    digits resumed "$PYTHON"
+    for count in 2 4 8; do
+        ((count > gpus)) || digits "processes-$count" "$PYTHON" scripts/launch.py "$way=$count" --
+    done
+    local checkpoints=("$run"/*/checkpoints)
+    "$PYTHON" scripts/fingerprint.py "${checkpoints[@]%/checkpoints}"
+}
+export -f same
+export OUT PYTHON
+
 step=("$PYTHON" speed/train_step.py --cache="$cache" --json="$OUT/results.jsonl")
 small=()
 if [[ -n "${REHEARSAL:-}" ]]; then
@@ -68,8 +93,9 @@ for name in "${@:-all}"; do
                 --config.dtype=$dtype --config.log_every_steps=200
         done
     fi
+    if wants same; then part same bash -c same; fi
     if wants main; then
-        part main "${step[@]}" "${peer[@]}" --dtypes=float32,bfloat16 --batches=256 --rounds=3 --loop_steps=400 \
+        part main "${step[@]}" "${peer[@]}" --dtypes=float32,bfloat16 --batches=256 --rounds=3 --loop_steps=400 --plain \
             "${small[@]}"
     fi
     if wants grid; then

@@ -8,7 +8,8 @@ A case is a dtype, a per-device batch and a number of micro-steps. Its contestan
 of their own (speed/train_step_ours.py, speed/train_step_pytorch.py) and take turns, --rounds times
 --steps optimizer steps; the table has medians. For a CPU: --image_size 32 --batches 4 --steps 2.
 
-`bare` is the compiled step on a batch that lies on the device; `loop` is what the training loop
+`bare` is the compiled step on a batch that lies on the device, `plain` the same with averages in
+floating point instead of exact sums; `loop` is what the training loop
 with its log, metrics and checkpoints makes of it; `input` is the loop fed with --data_dir's
 records. `roofline` is the shortest time that the step's operations (counted by XLA, each for
 itself) and bytes (of the compiled program) could take, by ceilings measured between the rounds,
@@ -47,6 +48,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             )
         turns = [(name, each, 'steps', case['steps']) for name, each in contestants.items()]
         turns.append(('loop', ours, 'loop', case['loop_steps'] or case['steps']))
+        if case['plain']:
+            turns.append(('plain', ours, 'plain', case['steps']))
         if case['data_dir']:
             turns.append(('input', ours, 'input', case['steps']))
         rates: dict[str, list[float]] = {name: [] for name, *_ in turns}
@@ -89,7 +92,7 @@ def summary(
       ceilings: TFLOP/s and GB/s.
     """
     result: dict[str, Any] = {name: statistics.median(values) for name, values in rates.items()}
-    for name, other in (('loop', 'bare'), ('bare', 'peer')):
+    for name, other in (('loop', 'bare'), ('bare', 'plain'), ('bare', 'peer')):
         if other in rates:
             pairs = zip(rates[name], rates[other], strict=True)
             result[f'{name}/{other}'] = statistics.median(a / b for a, b in pairs)
@@ -109,8 +112,8 @@ def summary(
 
 
 HEAD = (
-    'dtype | batch × k | bare, images/s | loop/bare | input, images/s | PyTorch, images/s | ratio '
-    '| GFLOP, MB per image | ceilings, TFLOP/s, GB/s | roofline | GiB'
+    'dtype | batch × k | bare, images/s | loop/bare | bare/plain | input, images/s '
+    '| PyTorch, images/s | ratio | GFLOP, MB per image | ceilings, TFLOP/s, GB/s | roofline | GiB'
 )
 
 
@@ -125,6 +128,7 @@ def row(result: dict[str, Any]) -> str:
         f'{result["batch"]} × {result["accumulation"]}',
         f'{result["bare"]:,.1f}',
         optional('loop/bare', '.3f'),
+        optional('bare/plain', '.3f'),
         optional('input', ',.1f'),
         optional('peer', ',.1f'),
         optional('bare/peer', '.2f'),
@@ -155,6 +159,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument('--checkpoint_every', type=int, default=300)
     parser.add_argument('--log_every', type=int, default=10)
     parser.add_argument('--ceiling_size', type=int, default=8192, help='side of the matrices')
+    parser.add_argument(
+        '--plain', action='store_true', help='the same step with sums in floating point, too'
+    )
     parser.add_argument('--deterministic', action='store_true', help='as main.py runs by default')
     parser.add_argument('--data_dir', help='prepared records of the configuration, for `input`')
     parser.add_argument('--peer_python', help='a Python with PyTorch, to compare with')

@@ -4,6 +4,7 @@
 python -m speed.train_step_ours '{"model": …}'
 
 steps N     seconds for N optimizer steps on a batch that lies on the devices
+plain N     the same with averages in floating point instead of exact sums
 loop N      the same in the training loop, with its log, metrics and checkpoints
 input N     the same, fed by the input pipeline (with a data set)
 trace N     the same as steps, traced
@@ -12,6 +13,7 @@ memory 0    the most bytes that a device had in use so far; 0 where it does not 
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -24,7 +26,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from experiments.plain_step import Plain, plain_step
 from input_pipeline import Pipeline
 from run_files.mlperf_log import EventLog
 from settings import backend
@@ -82,6 +86,8 @@ class Ours:
         )
         run = set_up(WORKLOAD, *prepared, workdir, EventLog(None), start.NOTHING)
         self._trace, self._parts, self._state = case['trace'], run.parts, run.state
+        self._plain: jax.stages.Compiled | None = None
+        self._plain_state: Any = None
         self._batch = self._random_batch(prepared.dataset.num_classes)
         on_devices = dataclasses.replace(run.parts, pipeline=OnDevices(self._batch))
         self._loop, self._fed_loop = Run(on_devices, run.state), run
@@ -91,6 +97,7 @@ class Ours:
         self.steps(1)
         return self._facts(), {
             'steps': self.steps,
+            'plain': self.plain,
             'loop': lambda count: self.loop(self._loop, count),
             'input': lambda count: self.loop(self._fed_loop, count),
             'trace': self.trace,
@@ -135,6 +142,29 @@ class Ours:
         for _ in range(count * self._parts.plan.accumulation_steps):
             state, _ = train(state, self._batch)
         self._state = jax.block_until_ready(state)
+        return time.perf_counter() - before
+
+    def plain(self, count: int) -> float:
+        """Seconds for `count` optimizer steps that average in floating point."""
+        model, plan = self._parts.model, self._parts.plan
+        if self._plain is None:
+            transformation = WORKLOAD.optimizer(self._parts.config, plan).transformation
+            optimizer = optax.MultiSteps(transformation, plan.accumulation_steps)
+            step = functools.partial(
+                plain_step, task=model.task, optimizer=optimizer.gradient_transformation()
+            )
+            lifted = compilation.lifted(step, self._parts.programs.mesh, donate_argnums=0)
+            variables = jax.tree.map(jnp.copy, self._state.variables)
+            state = Plain(variables, optimizer.init(variables))
+            sharding = jax.sharding.NamedSharding(self._parts.programs.mesh, compilation.REPLICATED)
+            state = jax.device_put(state, sharding)
+            self._plain = lifted.lower(state, self._batch).compile()
+            self._plain_state, _ = self._plain(state, self._batch)
+        state = jax.block_until_ready(self._plain_state)
+        before = time.perf_counter()
+        for _ in range(count * plan.accumulation_steps):
+            state, _ = self._plain(state, self._batch)
+        self._plain_state = jax.block_until_ready(state)
         return time.perf_counter() - before
 
     def loop(self, run: Run, count: int) -> float:

@@ -57,7 +57,7 @@ def lifted(step: Callable, mesh: Mesh, **options: Any) -> jax.stages.Wrapped:
     """A step for one device's slice, as a program for the whole mesh.
 
     The replication checker of `shard_map` is off: with it, the gradient by a replicated weight is
-    summed over the devices implicitly, and here the average is taken explicitly.
+    summed over the devices implicitly, and here it is summed explicitly, as integers.
     """
     over_all = jax.shard_map(
         step, mesh=mesh, in_specs=(REPLICATED, SHARDED), out_specs=REPLICATED, check_vma=False
