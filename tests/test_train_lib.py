@@ -116,16 +116,14 @@ def test_parameters_and_statistics_stay_fp32(digits_dir, dtype):
 def test_float16_retries_an_overflow_with_a_smaller_scale_and_loses_no_batch(
     digits_dir, monkeypatch
 ):
-    """And so does every device for itself: what the others needed does not matter."""
     config = tiny(digits_dir, dtype='float16', learning_rate=0.1)
     gentle = train(config, steps=3)
     monkeypatch.setattr(train_lib, 'INITIAL_LOSS_SCALE', 2.0**24)
-    wild, spread = train(config, steps=3), train(config, steps=3, devices=4)
+    wild = train(config, steps=3)
     assert wild.measured()[0]['loss_scale'] < 2.0**24
     assert int(wild.state.step) == 3
     assert is_same(gentle.batches, wild.batches)
     assert_close(gentle.state.variables, wild.state.variables, 1e-2)
-    assert_same(wild, spread)
 
 
 @pytest.mark.slow
@@ -147,6 +145,12 @@ class Broken(TinyBottleneck):
         loss, (metrics, statistics) = super().train_loss(variables, batch)
         loss = loss * jnp.where(batch['label'][0] == 7, self.factor, 1.0)
         return loss, (metrics, statistics)
+
+
+class Loud(Broken):
+    """In float16 the gradient overflows there at first."""
+
+    factor = 4096.0
 
 
 class OutOfRange(Broken):
@@ -177,3 +181,15 @@ def test_a_gradient_that_cannot_be_added_up_stops_everything(digits_dir, task_ty
     names = train_lib.rejected_names(after.state.variables, after.state.rejected)
     assert all(name.startswith('gradient of ') for name in names)
     assert names
+
+
+@pytest.mark.slow
+def test_float16_scale_is_that_of_the_micro_batch_that_needs_the_smallest(digits_dir):
+    config = tiny(digits_dir, dtype='float16', image_size=32, learning_rate=0.1)
+    one, several = (
+        train(config, steps=3, devices=devices, task_type=Loud, batches=one_seven)
+        for devices in (1, 4)
+    )
+    first, second, third = (metrics['loss_scale'] for metrics in one.measured())
+    assert first == train_lib.INITIAL_LOSS_SCALE > second == third
+    assert_same(one, several)

@@ -87,11 +87,15 @@ def test_the_step_has_no_slow_operation(dtype):
     assert not found
 
 
-def test_barriers_keep_activations_from_being_read_again():
-    # In every BatchNorm's gradient and every block's last ReLU; see docs/performance.md. The step
-    # itself has three (train_lib.py).
+def test_barriers_keep_activations_from_being_read_again_and_a_micro_batch_apart():
+    # In every BatchNorm's gradient and every block's last ReLU; see docs/performance.md. The steps
+    # have three and two around a micro-batch's part and its sums (train_lib.py).
     found = operations('optimization_barrier', dtype='float32')
     assert len(found) == CONVOLUTIONS + BLOCKS + 3
+    model, size, mesh = parts(dtype='float32')
+    evaluation = compilation.trace_evaluate(model.task, size, mesh).jaxpr.jaxpr
+    names = [e.primitive.name for e in equations(evaluation)]
+    assert names.count('optimization_barrier') == 2
 
 
 def test_float16_alone_has_one_loop():
