@@ -74,10 +74,13 @@ def trace_train(model: Model, micro_batch_size: int, mesh: Mesh) -> jax.stages.T
     """The training step for so many examples a device, uncompiled."""
     state = _placed(mesh, REPLICATED, train_lib.abstract_state(model))
     batch = _placed(mesh, SHARDED, model.task.abstract_batch(mesh.size * micro_batch_size))
-    step = functools.partial(train_lib.train_step, model=model)
-    step = jax.enable_x64(jax.enable_x64.value)(step)
+
+    @jax.enable_x64(jax.enable_x64.value)
+    def train_step(state, batch):
+        return train_lib.train_step(state, batch, model=model)
+
     with jax.enable_x64(True):  # Else 64-bit integers would be cut to 32 bits.
-        return lifted(step, mesh, donate_argnums=0).trace(state, batch)
+        return lifted(train_step, mesh, donate_argnums=0).trace(state, batch)
 
 
 def trace_evaluate(task: Task, micro_batch_size: int, mesh: Mesh) -> jax.stages.Traced:
