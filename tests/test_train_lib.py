@@ -62,7 +62,11 @@ def test_digits_do_not_depend_on_the_number_of_devices(digits_dir, on_one_device
 # Every optimizer and dtype; experiments/topologies.py has all pairs on all numbers of devices.
 @pytest.mark.parametrize(
     ('optimizer', 'dtype', 'devices'),
-    [('lars', 'float32', 8), ('sgd', 'bfloat16', 2), ('lars', 'float16', 4)],
+    [
+        ('lars', 'float32', 8),
+        ('sgd', 'bfloat16', 2),
+        pytest.param('lars', 'float16', 4, marks=pytest.mark.slow),
+    ],
 )
 def test_bottlenecks_do_not_depend_on_the_number_of_devices(digits_dir, optimizer, dtype, devices):
     recipe = {'optimizer': optimizer, 'dtype': dtype, 'image_size': 32, 'warmup_epochs': 0}
