@@ -9,8 +9,7 @@ or a log.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.serialization
@@ -23,7 +22,9 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 import exact_sums
+import loss_scaling
 from exact_sums import FixedPoint
+from loss_scaling import LossScale
 
 AXIS = 'data'
 
@@ -31,10 +32,6 @@ AXIS = 'data'
 # evaluated example may be in magnitude. The smaller, the finer the sums: see `FixedPoint`.
 LARGEST_GRADIENT, LARGEST_VALUE = 2.0**12, 2.0**24
 EVALUATED = FixedPoint(2.0**16, 2**16)  # Of at most so many examples in a batch of all devices.
-
-# Dynamic loss scaling (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2), float16 only.
-INITIAL_LOSS_SCALE, LARGEST_LOSS_SCALE = 2.0**15, 2.0**24
-STEPS_TO_DOUBLE_LOSS_SCALE = 2000
 
 Variables = dict[str, Any]  # {'params': …} and the collections of statistics, if there are any.
 
@@ -92,20 +89,6 @@ class Model(NamedTuple):
     micro_batches: int
 
 
-class LossScale(NamedTuple):
-    """The factor on the loss.
-
-    Attributes:
-      value: that every micro-batch of this optimizer step tries first.
-      lowest: that one of them needed.
-      good_steps: optimizer steps in a row in which none needed a smaller one.
-    """
-
-    value: jax.Array
-    lowest: jax.Array
-    good_steps: jax.Array
-
-
 @flax.struct.dataclass
 class TrainState:
     """Everything that a training step updates. Replicated over the devices.
@@ -138,7 +121,7 @@ def _formats(variables: Mapping[str, Any], micro_batches: int) -> dict[str, Fixe
     }
 
 
-def _metric_format(micro_batches: int) -> FixedPoint:
+def metric_format(micro_batches: int) -> FixedPoint:
     """Of the sums of the task's metrics over an optimizer step."""
     return FixedPoint(LARGEST_VALUE, micro_batches)
 
@@ -194,11 +177,10 @@ def init_key(seed: int) -> jax.Array:
 def create_train_state(key: jax.Array, model: Model) -> TrainState:
     """The state at step 0. Pure: the same key gives the same state, bit for bit."""
     variables = dict(model.task.init(key))
-    scale = jnp.float32(INITIAL_LOSS_SCALE if model.task.dtype == 'float16' else 1.0)
     return TrainState(
         variables,
         model.optimizer.init(variables),
-        LossScale(scale, scale, jnp.int32(0)),
+        loss_scaling.initial(model.task.dtype),
         jnp.zeros(len(variables) + 1, jnp.int32),
     )
 
@@ -247,45 +229,6 @@ def from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:
     )
 
 
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def _until_finite(attempt: Callable[[jax.Array], Any], scale: jax.Array) -> tuple[jax.Array, Any]:
-    """Runs `attempt(scale)`, halving the scale while the result overflows and the scale is > 1.
-
-    The micro-batch is tried again on the device, so a run never skips an example, and its position
-    in the data stays the step.
-
-    Returns:
-      The last scale, and what `attempt` returned for it.
-    """
-
-    def body(carry):
-        scale = carry[0] / 2
-        return scale, attempt(scale)
-
-    def overflowed(carry):
-        scale, result = carry
-        return ~_all_finite(result) & (scale > 1)
-
-    nothing = jax.tree.map(
-        lambda s: jnp.full(s.shape, jnp.nan, s.dtype), jax.eval_shape(attempt, scale)
-    )
-    return lax.while_loop(overflowed, body, (scale * 2, nothing))
-
-
-def _next_scale(old: LossScale, used: jax.Array, is_whole: jax.Array) -> LossScale:
-    """The loss scale after a micro-step that used `used`, and may have ended an optimizer step."""
-    lowest = jnp.minimum(old.lowest, used)
-    good_steps = jnp.where(lowest < old.value, 0, old.good_steps + 1)
-    double = good_steps >= STEPS_TO_DOUBLE_LOSS_SCALE
-    following = jnp.where(double, jnp.minimum(2 * lowest, LARGEST_LOSS_SCALE), lowest)
-    ended = LossScale(following, following, jnp.where(double, 0, good_steps))
-    under_way = old._replace(lowest=lowest)
-    return jax.tree.map(lambda a, b: jnp.where(is_whole, a, b), ended, under_way)
-
-
 def train_step(
     state: TrainState, batch: Any, *, model: Model
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -297,7 +240,7 @@ def train_step(
       model: what is learnt.
 
     Returns:
-      The new state, and metrics for `measured`.
+      The new state, and metrics for training/metrics.py.
     """
     # Between the barriers is the same program for any number of devices and micro-steps; without
     # them XLA would fuse, and so round, differently.
@@ -315,7 +258,7 @@ def train_step(
         return {'params': grads, **statistics}, metrics
 
     if model.task.dtype == 'float16':
-        scale, found = _until_finite(attempt, state.loss_scale.value)
+        scale, found = loss_scaling.until_finite(attempt, state.loss_scale.value)
     else:
         scale, found = state.loss_scale.value, attempt(state.loss_scale.value)
     found, metrics = lax.optimization_barrier(found)
@@ -323,7 +266,7 @@ def train_step(
     packed = {name: ravel_pytree(collection)[0] for name, collection in found.items()}
     formats = _formats(packed, model.micro_batches)
     (total, metrics), rejected, largest = exact_sums.psum(
-        (packed, metrics), (formats, _metric_format(model.micro_batches)), AXIS
+        (packed, metrics), (formats, metric_format(model.micro_batches)), AXIS
     )
     total = lax.optimization_barrier(total)
     count = len(packed)
@@ -333,7 +276,7 @@ def train_step(
     moved = TrainState(
         optax.apply_updates(state.variables, updates),
         opt_state,
-        _next_scale(state.loss_scale, lax.pmin(scale, AXIS), opt_state.mini_step == 0)
+        loss_scaling.following(state.loss_scale, lax.pmin(scale, AXIS), opt_state.mini_step == 0)
         if model.task.dtype == 'float16'
         else state.loss_scale,
         rejected,
@@ -347,37 +290,6 @@ def train_step(
         'learning_rate': model.schedule(state.step),
         'loss_scale': new.loss_scale.value,
         'rejected': rejected,
-    }
-
-
-def rejected_names(variables: Variables, rejected: Any) -> list[str]:
-    """What was not finite or out of range, from `TrainState.rejected` on the host, in words."""
-    *places, of_metrics = rejected.tolist()
-    words = ['a metric'] if of_metrics else []
-    for (kind, collection), place in zip(sorted(variables.items()), places, strict=True):
-        stop = 0
-        for name, array in exact_sums.named(collection):
-            start, stop = stop, stop + array.size
-            if start < place <= stop:
-                words.append(f'gradient of {name}' if kind == 'params' else f'{kind} {name}')
-    return words
-
-
-def measured(micro_steps: Sequence[Mapping[str, Any]], micro_batches: int) -> dict[str, float]:
-    """The metrics of an optimizer step, from those of its micro-steps, on the host.
-
-    Returns:
-      By name the task's, averaged over the batch and rounded once; 'largest_gradient', the largest
-      element of a micro-batch's gradient in magnitude; 'learning_rate', and the 'loss_scale' of the
-      next step.
-    """
-    *_, last = micro_steps
-    sums = jax.tree.map(lambda *parts: sum(map(int, parts)), *(m['sums'] for m in micro_steps))
-    form = _metric_format(micro_batches)
-    return {name: form.value(total, micro_batches) for name, total in sums.items()} | {
-        'largest_gradient': max(float(m['largest_gradient']) for m in micro_steps),
-        'learning_rate': float(last['learning_rate']),
-        'loss_scale': float(last['loss_scale']),
     }
 
 
@@ -397,17 +309,3 @@ def eval_step(variables: Variables, batch: Any, *, task: Task) -> dict[str, dict
         'rejected': {n: EVALUATED.rejected(exact_sums.largest(x)) for n, x in amounts.items()},
     }
     return lax.psum(sums, AXIS)
-
-
-def evaluated(batches: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
-    """The sums over an evaluation set, from those that `eval_step` gave, on the host.
-
-    Returns:
-      By name integers, and numbers that were rounded once; NaN where one was NaN or out of range.
-    """
-    totals = jax.tree.map(lambda *parts: sum(map(int, parts)), *batches)
-    amounts = {
-        name: math.nan if totals['rejected'][name] else EVALUATED.value(total)
-        for name, total in totals['amounts'].items()
-    }
-    return totals['counts'] | amounts

@@ -44,8 +44,7 @@ def found(dtype: str, data_dir: Path) -> dict[str, Any]:
         config = loading.read_object(run.workdir / 'config.json')
         environment = loading.read_object(run.workdir / 'environment.json')
         *_, mark = [line['fingerprint'] for line in run.evaluated()]
-    fields_of = hyperparameters.table(by_name.config_type(config))
-    decisive = {n: config[n] for n, entry in fields_of.items() if entry.group == 'benchmark'}
+    decisive = hyperparameters.decisive(config, by_name.config_type(config))
     machine = environment['machine']
     return {
         'dtype': dtype,

@@ -29,7 +29,7 @@ import train_lib
 from experiments.plain_step import Plain, plain_step
 from settings import backend
 from tests import harness
-from training import compilation, evaluation, processes
+from training import compilation, evaluation, metrics, processes
 from training.workload import model_of, plan_of
 from workloads.resnet import optimizers
 from workloads.resnet.records import find_dataset
@@ -102,7 +102,7 @@ class Experiment:
             if exact:
                 state, found = self.programs.train(state, on_devices)
                 found = jax.device_get(found)
-                loss = train_lib.measured([found], plan.micro_batches)['loss']
+                loss = metrics.measured([found], plan.micro_batches)['loss']
                 yield state.variables, train_lib.to_saved(state), loss * plan.accumulation_steps
             else:
                 state, loss = self._plain(state, on_devices)

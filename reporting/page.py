@@ -38,11 +38,11 @@ def _rows(rows: Iterable[Sequence[Any]]) -> Markup:
     return _all('<tr><th>{}</th>{}</tr>', parts)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, Any]]:
     """The leaves of nested mappings, with their paths."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f'{prefix}{name}.')
+            yield from flat(value, f'{prefix}{name}.')
         else:
             yield f'{prefix}{name}', value
 
@@ -112,7 +112,7 @@ def make(
             if name not in ('seed', 'data_dir')  # Each run's own; a folder of one machine.
         ),
         first=first.directory.name,
-        environment=_rows(_flat(first.environment)),
+        environment=_rows(flat(first.environment)),
         units=first.units,
         metric=first.plan.target.words,
         runs=_rows(

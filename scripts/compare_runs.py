@@ -13,10 +13,11 @@ have come, 1 they part, 2 they cannot be compared.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reporting.page import flat
 from settings import hyperparameters, loading
 from settings.errors import ConfigError
 from workloads import by_name
@@ -45,15 +46,6 @@ def recorded(workdir: Path) -> dict[tuple[int, str], Any]:
     return dict(sorted(found.items(), key=lambda item: (item[0][0], RECORDED.index(item[0][1]))))
 
 
-def flat(values: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings, by their path."""
-    if isinstance(values, Mapping):
-        for name, value in values.items():
-            yield from flat(value, f'{prefix}.{name}' if prefix else name)
-    else:
-        yield prefix, values
-
-
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """What has other values in another mapping."""
     a, b = dict(flat(ours)), dict(flat(theirs))
@@ -67,8 +59,7 @@ def settings(workdir: Path) -> dict[str, Any]:
       ValueError: when one of them cannot be read.
     """
     config = loading.read_object(workdir / 'config.json')
-    fields = hyperparameters.table(by_name.config_type(config))
-    decisive = {n: config.get(n) for n, entry in fields.items() if entry.group == 'benchmark'}
+    decisive = hyperparameters.decisive(config, by_name.config_type(config))
     environment = loading.read_object(workdir / 'environment.json')
     return decisive | {name: environment.get(name) for name in ENVIRONMENT}
 

@@ -28,6 +28,7 @@ from settings.rules import (
     WORKERS,
     WORKERS_OR_NONE,
     Rule,
+    divides,
 )
 
 # 'benchmark' fields decide what is computed; 'hardware' fields only how fast; 'run' fields only
@@ -73,12 +74,7 @@ class Config:
         POSITIVE, 'Examples per optimizer step.', log_key='global_batch_size'
     )
     micro_batch_size: int = field(
-        Rule(
-            '> 0 and divides global_batch_size',
-            lambda value, batch: value > 0 and batch % value == 0,
-            ('global_batch_size',),
-            lambda value, batch: f' (global_batch_size={batch})',
-        ),
+        divides('global_batch_size'),
         'Examples that a device computes at a time (docs/performance.md: what fits a GPU). '
         'Another number is the same mathematics with other rounding.',
     )
@@ -279,13 +275,16 @@ def _stale(
     ]
 
 
+def decisive(values: Mapping[str, Any], config_type: type[Config]) -> dict[str, Any]:
+    """Of a configuration's values those that decide what is computed."""
+    fields = table(config_type).items()
+    return {name: values.get(name) for name, entry in fields if entry.group == 'benchmark'}
+
+
 def differences(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
     """Fields that decide what is computed and have other values in another configuration."""
-    return [
-        f'{name}: {theirs.get(name)!r} there, {getattr(ours, name)!r} here'
-        for name, entry in table(type(ours)).items()
-        if entry.group == 'benchmark' and getattr(ours, name) != theirs.get(name)
-    ]
+    here, there = (decisive(v, type(ours)) for v in (dataclasses.asdict(ours), theirs))
+    return [f'{n}: {there[n]!r} there, {here[n]!r} here' for n in here if here[n] != there[n]]
 
 
 def logged(config: Config) -> dict[str, Any]:

@@ -41,6 +41,16 @@ def at_most(limit: int) -> Rule:
     return Rule(f'> 0 and ≤ {limit}', lambda value: 0 < value <= limit)
 
 
+def divides(name: str) -> Rule:
+    """A positive integer that divides another field's value."""
+    return Rule(
+        f'> 0 and divides {name}',
+        lambda value, other: value > 0 and other % value == 0,
+        (name,),
+        lambda value, other: f' ({name}={other})',
+    )
+
+
 def division(closed: Mapping[str, Any]) -> Rule:
     """The MLPerf division.
 

@@ -14,7 +14,7 @@ import train_lib
 from models.resnet.network import ResNet
 from settings import hyperparameters
 from settings.plan import Plan, make_plan
-from training import compilation, processes
+from training import compilation, metrics, processes
 from workloads.resnet import images, optimizers
 from workloads.resnet.fields import ResNetConfig
 from workloads.resnet.records import find_dataset
@@ -51,7 +51,7 @@ class Trained:
         """The metrics of every optimizer step."""
         k = self.plan.accumulation_steps
         steps = [self.metrics[i : i + k] for i in range(0, len(self.metrics), k)]
-        return [train_lib.measured(step, self.plan.micro_batches) for step in steps]
+        return [metrics.measured(step, self.plan.micro_batches) for step in steps]
 
 
 def resolve(name, data_dir, **overrides) -> ResNetConfig:

@@ -23,7 +23,8 @@ ARROWS = {
     'settings': {'settings'},
     'exact_sums': {'settings'},
     'input_pipeline': {'settings', 'exact_sums'},
-    'train_lib': {'settings', 'exact_sums'},
+    'loss_scaling': set(),
+    'train_lib': {'settings', 'exact_sums', 'loss_scaling'},
     'models': {'models'},
     'run_files': {'settings', 'run_files', 'input_pipeline', 'train_lib'},
     'training': {
@@ -46,7 +47,8 @@ TRICKS = ('jax._src', 'sys.modules', 'sys.path', 'os._exit')
 WORDS = r'(image|top1|fc|resnet|llama)s?\d*'
 NAMES = r'bn_span|batch_stats'
 NEUTRAL = (
-    'training', 'run_files', 'reporting', 'settings', 'exact_sums', 'train_lib', 'input_pipeline',
+    'training', 'run_files', 'reporting', 'settings', 'exact_sums', 'loss_scaling', 'train_lib',
+    'input_pipeline',
 )  # fmt: skip
 
 

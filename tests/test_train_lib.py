@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import loss_scaling
 import train_lib
 from tests.harness import (
     TinyBottleneck,
@@ -16,6 +17,7 @@ from tests.harness import (
     resolve,
     train,
 )
+from training import metrics
 
 BATCH, SPAN = 32, 4
 
@@ -122,7 +124,7 @@ def test_float16_retries_an_overflow_with_a_smaller_scale_and_loses_no_batch(
 ):
     config = tiny(digits_dir, dtype='float16', learning_rate=0.1)
     gentle = train(config, steps=3)
-    monkeypatch.setattr(train_lib, 'INITIAL_LOSS_SCALE', 2.0**24)
+    monkeypatch.setattr(loss_scaling, 'INITIAL_LOSS_SCALE', 2.0**24)
     wild = train(config, steps=3)
     assert wild.measured()[0]['loss_scale'] < 2.0**24
     assert int(wild.state.step) == 3
@@ -132,11 +134,11 @@ def test_float16_retries_an_overflow_with_a_smaller_scale_and_loses_no_batch(
 
 @pytest.mark.slow
 def test_float16_scale_grows_again(digits_dir, monkeypatch):
-    monkeypatch.setattr(train_lib, 'STEPS_TO_DOUBLE_LOSS_SCALE', 4)
+    monkeypatch.setattr(loss_scaling, 'STEPS_TO_DOUBLE_LOSS_SCALE', 4)
     config = tiny(digits_dir, dtype='float16', micro_batch_size=16, learning_rate=0.1)
     trained = train(config, steps=5)
     scales = [float(metrics['loss_scale']) for metrics in trained.metrics]
-    start = train_lib.INITIAL_LOSS_SCALE
+    start = loss_scaling.INITIAL_LOSS_SCALE
     assert scales == [start] * 7 + [2 * start] * 3  # Two micro-steps a step; doubled after four.
 
 
@@ -182,7 +184,7 @@ def test_a_gradient_that_cannot_be_added_up_stops_everything(digits_dir, task_ty
     found = [bool(metrics['rejected'].any()) for metrics in after.metrics]
     assert found.index(True) == (BATCH + 20) // SPAN // devices
     assert all(found[found.index(True) :])
-    names = train_lib.rejected_names(after.state.variables, after.state.rejected)
+    names = metrics.rejected_names(after.state.variables, after.state.rejected)
     assert all(name.startswith('gradient of ') for name in names)
     assert names
 
@@ -195,5 +197,5 @@ def test_float16_scale_is_that_of_the_micro_batch_that_needs_the_smallest(digits
         for devices in (1, 4)
     )
     first, second, third = (metrics['loss_scale'] for metrics in one.measured())
-    assert first == train_lib.INITIAL_LOSS_SCALE > second == third
+    assert first == loss_scaling.INITIAL_LOSS_SCALE > second == third
     assert_same(one, several)

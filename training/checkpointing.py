@@ -176,6 +176,10 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         _read_one_by_one(directory / 'state')
         restored = _restore(directory)
         tree, record = jax.tree.map(np.asarray, restored['state']), restored['record']
+        if 'fingerprint' not in record:
+            raise CheckpointError(
+                'it is of an earlier version of this program, and has no fingerprint'
+            )
         whole = signed(record, tree) == record
     except CheckpointError:
         raise

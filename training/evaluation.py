@@ -14,7 +14,7 @@ import train_lib
 from settings.errors import CheckpointError, ConfigError
 from settings.hyperparameters import Config
 from settings.plan import Dataset
-from training import checkpointing, compilation, processes
+from training import checkpointing, compilation, metrics, processes
 from training.device_feed import Clock, on_devices
 from training.workload import Workload
 
@@ -61,7 +61,7 @@ def total(
     while pending:
         if read():
             return None
-    return train_lib.evaluated(totals)
+    return metrics.evaluated(totals)
 
 
 def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, float]:

@@ -24,7 +24,7 @@ from settings.errors import FailedError, Outcome, SaveError
 from settings.hyperparameters import Config
 from settings.plan import Evaluation, Plan
 from train_lib import Model, TrainState
-from training import evaluation, processes
+from training import evaluation, metrics, processes
 from training.checkpoint_saver import CheckpointSaver
 from training.compilation import Programs
 from training.device_feed import Clock, on_devices
@@ -80,12 +80,12 @@ class Run:
         )
         while self.step < last_step and not self._stopped:
             parts.trace.at(self.step, self.state)
-            metrics = []
+            found = []
             for _ in range(micro_steps):
                 self.state, values = parts.programs.train(self.state, next(batches))
-                metrics.append(values)
+                found.append(values)
             self.step += 1
-            self._pending.append((self.step, metrics, parts.stop.poll()))
+            self._pending.append((self.step, found, parts.stop.poll()))
             if len(self._pending) > 1:
                 self._read_metrics()
             every = parts.config.checkpoint_every_steps
@@ -103,14 +103,14 @@ class Run:
         step, micro, stop = self._pending.popleft()
         micro, stop = jax.device_get((micro, stop))
         if micro[-1]['rejected'].any():
-            names = train_lib.rejected_names(self.state.variables, micro[-1]['rejected'])
+            names = metrics.rejected_names(self.state.variables, micro[-1]['rejected'])
             raise NonFiniteError(
                 f'not finite or out of range at step {step}: {", ".join(names)}; that step moved '
                 f'no weight. {_DIVERGED}'
             )
         self.parts.watchdog.beat(f'step {step}')
         self._stopped = self._stopped or bool(stop)
-        self._laps.append(train_lib.measured(micro, self.parts.plan.micro_batches))
+        self._laps.append(metrics.measured(micro, self.parts.plan.micro_batches))
         if step % self.parts.config.log_every_steps == 0:
             self._report(step)
 

@@ -14,6 +14,7 @@ from settings.rules import (
     NOT_NEGATIVE,
     Rule,
     at_most,
+    divides,
     division,
     one_of,
 )
@@ -108,12 +109,7 @@ class ResNetConfig(Config):
 
     # The tunable hyperparameters of the benchmark.
     bn_span: int = field(
-        Rule(
-            '> 0 and divides micro_batch_size',
-            lambda value, examples: value > 0 and examples % value == 0,
-            ('micro_batch_size',),
-            lambda value, examples: f' (micro_batch_size={examples})',
-        ),
+        divides('micro_batch_size'),
         'Examples whose statistics normalise a training example.',
         log_key='model_bn_span',
     )
