@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes of the networks, by name; a further one is a line. Imports no JAX."""
+
+from typing import NamedTuple
+
+
+class Architecture(NamedTuple):
+    """What sets one Llama apart from another.
+
+    Attributes:
+      layers: one after the other.
+      width: of the activations between layers.
+      feed_forward: width inside of a layer's second half.
+      heads: of queries.
+      key_value_heads: of keys and values; each serves heads / key_value_heads heads of queries.
+      head_size: width of one head; even.
+      vocabulary: number of tokens.
+      rotary_base: θ, the inverse of the last rotary frequency but for the scaling.
+      original_length: in tokens, to which the scaling of the rotary frequencies refers.
+    """
+
+    layers: int
+    width: int
+    feed_forward: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    vocabulary: int
+    rotary_base: float = 500_000.0
+    original_length: int = 8192
+
+
+ARCHITECTURES = {
+    'llama31_8b': Architecture(
+        layers=32,
+        width=4096,
+        feed_forward=14336,
+        heads=32,
+        key_value_heads=8,
+        head_size=128,
+        vocabulary=128_256,
+    ),
+}

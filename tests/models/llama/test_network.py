@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network is Hugging Face's LlamaForCausalLM."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.llama import network
+from models.llama.architectures import ARCHITECTURES, Architecture
+from tests.models.llama.cases import NAMES, Case, loss
+from workloads.llama31_8b import hugging_face
+
+SMALL = Architecture(3, 32, 48, 4, 2, 8, 64)
+
+
+@pytest.fixture(params=NAMES)
+def case(request):
+    return Case(request.param)
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'golden', 'close'), [('float64', 'f64', 1e-10), ('float32', 'f32', 5e-5)]
+)
+def test_logits_losses_and_gradients_are_the_official_ones(case, dtype, golden, close):
+    with jax.enable_x64(dtype == 'float64'):
+        params, tokens = case.params(dtype), case.tokens(0)
+        found, x = jax.jit(
+            lambda p: (
+                jax.value_and_grad(loss)(p, tokens, case.architecture, jnp.dtype(dtype)),
+                network.activations(p, tokens[:, :-1], case.architecture, jnp.dtype(dtype)),
+            )
+        )(params)
+        value, gradient = found
+        logits = np.asarray(network.logits(x, params['head']))
+    assert logits.dtype == dtype
+    positions = case.config.get('positions', slice(None))
+    np.testing.assert_allclose(
+        logits[:, positions], case.arrays[f'logits_{golden}'], rtol=0, atol=close
+    )
+    expected = case.values[golden]
+    np.testing.assert_allclose(value, expected['loss'], rtol=close)
+    norms = {
+        name: np.linalg.norm(array)
+        for name, array in hugging_face.exported(jax.tree.map(np.asarray, gradient))
+    }
+    assert norms.keys() == expected['grad_norm'].keys()
+    for name, norm in norms.items():
+        np.testing.assert_allclose(norm, expected['grad_norm'][name], rtol=close, err_msg=name)
+
+
+def test_rotary_frequencies_are_the_official_ones(case):
+    found = network.rotary_frequencies(case.architecture)
+    np.testing.assert_allclose(found, case.values['inv_freq_f64_own_rule'], rtol=1e-14)
+
+
+def test_most_of_the_benchmarks_frequencies_are_scaled_or_not():
+    frequencies = network.rotary_frequencies(ARCHITECTURES['llama31_8b'])
+    plain = 500_000.0 ** (-np.arange(64) / 64)
+    assert np.sum(frequencies == plain) == 29
+    assert np.sum(frequencies == plain / 8) == 29
+
+
+def test_the_benchmarks_parameters_are_counted():
+    a = ARCHITECTURES['llama31_8b']
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), a))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == 8_030_261_248
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {np.dtype('float32')}
+
+
+def test_weights_start_as_the_rules_say():
+    a = Architecture(8, 128, 256, 4, 2, 32, 512)
+    params = network.init(jax.random.key(1), a)
+    for name, array in hugging_face.exported(jax.tree.map(np.asarray, params)):
+        if name.endswith('norm.weight'):
+            assert (array == 1).all()
+            continue
+        narrow = name.endswith(('o_proj.weight', 'down_proj.weight'))
+        sigma = 0.02 / 4 if narrow else 0.02
+        assert abs(array.std() / sigma - 1) < 5 / np.sqrt(2 * array.size), name
+        assert abs(array.mean()) < 5 * sigma / np.sqrt(array.size), name
+        assert np.abs(array).max() > 3 * sigma, name  # not truncated
+    kernels = params['layers']['query']['kernel']
+    assert len({np.asarray(kernel).tobytes() for kernel in kernels}) == a.layers
+
+
+@pytest.fixture(scope='module')
+def small():
+    params = network.init(jax.random.key(2), SMALL)
+    tokens = np.random.default_rng(2).integers(0, SMALL.vocabulary, (2, 17))
+    return jax.tree.map(lambda x: np.asarray(5 * x, np.float64), params), tokens
+
+
+def test_the_written_out_gradient_is_that_of_the_layers(small):
+    params, _ = small
+    weights = {'params': params['layers']}
+    x, along = np.random.default_rng(3).standard_normal((2, 2, 8, SMALL.width))
+    with jax.enable_x64(True):
+        layer = network.Layer(SMALL, jnp.dtype('float64'))
+
+        def plainly(weights, x):
+            for i in range(SMALL.layers):
+                x = layer.apply(jax.tree.map(lambda w, i=i: w[i], weights), x)
+            return x
+
+        def gradient(function):
+            return jax.jit(jax.grad(lambda w, x: jnp.sum(along * function(w, x)), (0, 1)))
+
+        expected = gradient(plainly)(weights, x)
+        found = gradient(functools.partial(network.through_layers, layer))(weights, x)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert np.abs(a - b).max() <= 1e-11 * np.abs(b).max()
+
+
+def test_a_token_depends_on_none_that_follows(small):
+    params, tokens = small
+    other = tokens.copy()
+    other[:, 9:] = (other[:, 9:] + 1) % SMALL.vocabulary
+    with jax.enable_x64(True):
+        a, b = (
+            network.activations(params, t, SMALL, jnp.dtype('float64')) for t in (tokens, other)
+        )
+    np.testing.assert_array_equal(a[:, :9], b[:, :9])
+    assert (a[:, 9] != b[:, 9]).any(-1).all()
+
+
+def test_losses_do_not_depend_on_how_many_are_computed_at_a_time(small):
+    params, tokens = small
+    with jax.enable_x64(True):
+        found = [
+            jax.value_and_grad(loss)(params, tokens, SMALL, jnp.dtype('float64'), at_a_time)
+            for at_a_time in (1, 8, 32)
+        ]
+        for each in found[1:]:
+            for a, b in zip(jax.tree.leaves(each), jax.tree.leaves(found[0]), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_half_precision_is_of_activations_alone(small):
+    params, tokens = small
+    params = jax.tree.map(np.float32, params)
+    x = network.activations(params, tokens[:, :-1], SMALL, jnp.dtype('bfloat16'))
+    assert x.dtype == jnp.bfloat16
+    value, gradient = jax.value_and_grad(loss)(params, tokens, SMALL, jnp.dtype('bfloat16'))
+    exact = loss(params, tokens, SMALL, jnp.dtype('float32'))
+    assert value.dtype == jnp.float32
+    assert {g.dtype for g in jax.tree.leaves(gradient)} == {np.dtype('float32')}
+    np.testing.assert_allclose(value, exact, rtol=0.02)
+
+
+def test_hugging_face_names_are_ours_and_back(small):
+    params, _ = small
+    again = hugging_face.imported(dict(hugging_face.exported(params)), SMALL.layers)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
