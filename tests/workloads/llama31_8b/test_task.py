@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training a small Llama: the same bits on any number of devices."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import exact_sums
+import train_lib
+from models.llama.architectures import Architecture
+from training import compilation, metrics
+from workloads.llama31_8b import optimizers
+from workloads.llama31_8b.task import LanguageModelling
+
+SMALL = Architecture(2, 64, 160, 8, 2, 8, 512)
+LENGTH, BATCH, STEPS = 64, 8, 4
+
+
+def batch_of(step):
+    tokens = np.random.default_rng([11, step]).integers(0, SMALL.vocabulary, (BATCH, LENGTH + 1))
+    return {'tokens': tokens.astype(np.int32), 'is_real': np.ones(BATCH, bool)}
+
+
+def trained(devices, dtype, steps=STEPS):
+    """(fingerprint, losses) after some steps of micro-batches of one sequence."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
+    accumulation_steps = BATCH // devices
+    schedule = optimizers.learning_rate_schedule(5e-3, 2)
+    optimizer = train_lib.accumulated(optimizers.adamw(schedule), accumulation_steps, BATCH)
+    task = LanguageModelling(SMALL, LENGTH, dtype)
+    model = train_lib.Model(task, optimizer, schedule, BATCH)
+    programs = compilation.compile_steps(model, 1, mesh)
+    saved = train_lib.initial_state(5, model)
+    state = compilation.replicate(
+        mesh, train_lib.from_saved(saved, train_lib.abstract_state(model))
+    )
+    losses = []
+    for step in range(steps):
+        batch, micro = batch_of(step), []
+        for i in range(accumulation_steps):
+            part = {n: x[i * devices : (i + 1) * devices] for n, x in batch.items()}
+            state, values = programs.train(state, compilation.split(mesh, part))
+            micro.append(jax.device_get(values))
+        losses.append(metrics.measured(micro, BATCH)['loss'])
+    assert int(state.step) == steps
+    return exact_sums.shown(programs.fingerprint(train_lib.to_saved(state))), losses
+
+
+@pytest.fixture(scope='module', params=['float32', 'bfloat16'])
+def on_one_device(request):
+    return request.param, trained(1, request.param)
+
+
+@pytest.mark.parametrize('devices', [2, 4, 8])
+def test_training_does_not_depend_on_the_number_of_devices(on_one_device, devices):
+    dtype, expected = on_one_device
+    assert trained(devices, dtype) == expected
+
+
+def test_the_first_loss_is_of_equal_probabilities(on_one_device):
+    _, (_, losses) = on_one_device
+    assert abs(losses[0] - np.log(SMALL.vocabulary)) < 0.1
+    assert len(set(losses)) == STEPS
+
+
+def test_padding_counts_for_nothing():
+    task = LanguageModelling(SMALL, LENGTH, 'float32')
+    variables, batch = task.init(jax.random.key(0)), batch_of(0)
+    whole = task.evaluate(variables, batch)
+    batch['is_real'][5:] = False
+    batch['tokens'][5:] = 0
+    part = task.evaluate(variables, batch)
+    np.testing.assert_array_equal(part['loss'][:5], whole['loss'][:5])
+    assert not part['loss'][5:].any()
+    sums = {'loss': float(part['loss'].sum()), 'examples': int(part['examples'].sum())}
+    found = task.quality(sums)['eval_loss']
+    assert found == pytest.approx(float(whole['loss'][:5].mean()), rel=1e-6)
