@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From positions to batches: which examples a batch holds, made ahead of the training loop.
 
-Training reads an endless sequence of positions. Position p is example π_e(p mod N) of the training
-set, π_e a permutation drawn from (seed, epoch e = p // N). What else is random about an example is
-drawn from (seed, p). Micro-step i of a run is positions [i·D·G, (i + 1)·D·G), and device d has the
-d-th G of them. So a batch is a pure function of the seed and its number: there is no iterator
-state, and neither processes, threads nor restarts change what is in it. Grain runs that function
-ahead of the training loop, in threads or in processes.
+Training reads an endless sequence of positions. Which example stands at one, and what is random
+about it, is drawn from (seed, position) alone. Micro-step i of a run is positions [i·D·G,
+(i + 1)·D·G), and device d has the d-th G of them. So a batch is a pure function of the seed and its
+number: there is no iterator state, and neither processes, threads nor restarts change what is in
+it. Grain runs that function ahead of the training loop, in threads or in processes.
 
-What an example is, a `Source` knows. None is read before the first batch is asked for.
+What an example is, and which comes when, a `Source` knows; `shuffled` has the usual order. None is
+read before the first batch is asked for.
 """
 
 import dataclasses
@@ -46,6 +46,23 @@ def example_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return generator(seed, ORDER, epoch).permutation(num_examples)
 
 
+def shuffled(positions: np.ndarray, num_examples: int, seed: int) -> np.ndarray:
+    """The examples at some positions when every epoch has an order of its own, int [n].
+
+    At position p stands example π(p mod N), π being the `example_order` of epoch p // N.
+
+    Args:
+      positions: int [n], consecutive.
+      num_examples: N, of the training set.
+      seed: the run's.
+    """
+    epochs, places = np.divmod(positions, num_examples)
+    return np.concatenate([
+        example_order(seed, int(epoch), num_examples)[places[epochs == epoch]]
+        for epoch in range(epochs[0], epochs[-1] + 1)
+    ])  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Share:
     """A process's part of every batch over all devices: examples [start, start + size)."""
@@ -62,11 +79,11 @@ class Source(Protocol):
         """The number of examples."""
         ...
 
-    def train(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """Examples to train on, as they are at these positions.
+    def train(self, positions: np.ndarray, seed: int) -> Batch:
+        """The examples at some positions of the training.
 
         Args:
-          indices, positions: int [n].
+          positions: int [n], consecutive.
           seed: the run's; randomness comes from generator(seed, AUGMENTATION, position) alone.
 
         Returns:
@@ -113,12 +130,7 @@ class Pipeline:
 def _load_train(micro_step: int, *, source: Source, seed: int, share: Share) -> Batch:
     """This process's share of a micro-step: a pure function of (seed, micro_step)."""
     positions = micro_step * share.whole + share.start + np.arange(share.size)
-    epochs, places = np.divmod(positions, len(source))
-    indices = np.concatenate([
-        example_order(seed, int(epoch), len(source))[places[epochs == epoch]]
-        for epoch in range(epochs[0], epochs[-1] + 1)
-    ])  # fmt: skip
-    return source.train(indices, positions, seed)
+    return source.train(positions, seed)
 
 
 def _load_evaluation(number: int, *, source: Source, share: Share) -> Batch:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from input_pipeline import Batch, Pipeline, Share, generator
+from input_pipeline import Batch, Pipeline, Share, generator, shuffled
 from settings.hyperparameters import Config, field
 from settings.plan import Course, Evaluation, Plan, Target
 from settings.rules import POSITIVE, Rule, division
@@ -85,11 +85,11 @@ class Points:
             y[row] = x[row] @ SLOPE + NOISE * rng.standard_normal()
         return {'x': x, 'y': y, 'counts': counts}
 
-    def train(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
+    def train(self, positions: np.ndarray, seed: int) -> Batch:
         """Points as they are."""
         if self.stop_at in positions:
             os.kill(os.getpid(), signal.SIGTERM)
-        return self._batch(indices, len(indices))
+        return self._batch(shuffled(positions, len(self), seed), len(positions))
 
     def evaluation(self, indices: np.ndarray, size: int) -> Batch:
         """Points, then some that do not count."""

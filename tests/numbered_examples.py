@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from input_pipeline import AUGMENTATION, Pipeline, Share, generator
+from input_pipeline import AUGMENTATION, Pipeline, Share, generator, shuffled
 from settings.errors import DataError
 
 PADDING = -1
@@ -32,8 +32,9 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def train(self, indices, positions, seed):
+    def train(self, positions, seed):
         self.has_been_read = True
+        indices = shuffled(positions, len(self), seed)
         if self.broken in indices:
             raise DataError(f'example {self.broken} cannot be used')
         drawn = [generator(seed, AUGMENTATION, position).random() for position in positions]

@@ -55,6 +55,6 @@ def test_the_study_refuses_what_it_does_not_know(wrong):
 def test_the_reduced_configuration_learns_from_the_jpegs(tmp_path, cifar10_jpeg):
     preparation.prepare(tmp_path, cifar10_jpeg)
     config = harness.resolve('cifar10_small', tmp_path, seed=1, warmup_epochs=0.05, decay_steps=80)
-    losses = [m['loss'] for m in harness.train(config, steps=100).metrics]
+    losses = [m['loss'] for m in harness.train(config, steps=100).measured()]
     assert np.mean(losses[:5]) > 0.9 * math.log(10)  # It starts by guessing one of ten.
     assert np.mean(losses[-20:]) < 0.9 * math.log(10)

@@ -135,7 +135,8 @@ class Samples:
     """
 
     def __init__(self, file: TokenFile, order: Order, length: int):
-        self._file, self._order, self._length = file, order, length
+        self.length = length
+        self._file, self._order = file, order
 
     def __len__(self) -> int:
         return len(self._order)
@@ -143,7 +144,7 @@ class Samples:
     def __getitem__(self, position: int) -> np.ndarray:
         """The S + 1 tokens of the sample at a position, int32."""
         place, start = map(int, self._order.starts[self._order.shuffled[position]])
-        sample = np.empty(self._length + 1, np.int32)
+        sample = np.empty(self.length + 1, np.int32)
         filled = 0
         while filled < sample.size:
             number = self._order.documents[place]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from input_pipeline import AUGMENTATION, Batch, Pipeline, Share, generator
+from input_pipeline import AUGMENTATION, Batch, Pipeline, Share, generator, shuffled
 from settings.errors import ConfigError, DataError
 from workloads.resnet.datasets import EVAL_SPLIT
 from workloads.resnet.fields import ResNetConfig
@@ -73,8 +73,9 @@ class Images:
     def __len__(self) -> int:
         return self._count
 
-    def train(self, indices: np.ndarray, positions: np.ndarray, seed: int) -> Batch:
-        """Examples `indices`, augmented as those at `positions`, both int [n]."""
+    def train(self, positions: np.ndarray, seed: int) -> Batch:
+        """The examples at `positions`, int [n], augmented."""
+        indices = shuffled(positions, len(self), seed)
 
         def read(i: int) -> Example:
             with self._naming(indices[i], f'at training position {positions[i]}'):

@@ -14,12 +14,14 @@ from tests.models.llama.cases import FOLDER, NAMES, Case, loss
 from workloads.llama31_8b import hugging_face, optimizers
 
 SCHEDULES = json.loads((FOLDER.parent / 'lr_schedule.json').read_text())['cases']
-OFFICIAL = [case for case in SCHEDULES if case['max_steps'] == optimizers.LAST_STEP]
+ADAMW = {'beta_1': 0.9, 'beta_2': 0.95, 'epsilon': 1e-5, 'weight_decay': 0.1}
 
 
-@pytest.mark.parametrize('case', OFFICIAL, ids=lambda case: case['name'])
+@pytest.mark.parametrize('case', SCHEDULES, ids=lambda case: case['name'])
 def test_the_schedule_is_the_official_one(case):
-    schedule = optimizers.learning_rate_schedule(case['base_lr'], case['warmup_steps'])
+    schedule = optimizers.learning_rate_schedule(
+        case['base_lr'], case['min_lr'], case['warmup_steps'], case['max_steps']
+    )
     steps, rates = zip(*case['values'], strict=True)
     with jax.enable_x64(True):
         np.testing.assert_allclose(schedule(np.array(steps)), rates, rtol=1e-12)
@@ -37,8 +39,13 @@ def test_steps_are_the_official_ones(name, train, after, decays):
     """Losses, norms and every weight in fp64, with and without decay of norms."""
     case = Case(name)
     options, expected = case.config['opt'], case.values['f64']
-    schedule = optimizers.learning_rate_schedule(options['lr'], options['warmup'])
-    optimizer = optimizers.adamw(schedule, decays, optax.tree.norm)
+    schedule = optimizers.learning_rate_schedule(
+        options['lr'], 0.1 * options['lr'], options['warmup'], options['max_steps']
+    )
+    optimizer = optax.chain(
+        optimizers.clip(options['clip'], optax.tree.norm),
+        optimizers.adamw(schedule, **ADAMW, decays=decays),
+    )
 
     @jax.jit
     def step(params, state, tokens):
@@ -68,8 +75,7 @@ def test_steps_are_the_official_ones(name, train, after, decays):
 
 def test_all_but_norms_decay():
     decays = optimizers.is_matrix(Case(NAMES[0]).params('float32'))
-    found = dict(hugging_face.IN_A_LAYER)
-    for module, leaf in found:
+    for module, leaf in hugging_face.IN_A_LAYER:
         assert decays['layers'][module][leaf] == (leaf == 'kernel')
     assert decays['embedding']
     assert decays['head']
@@ -79,9 +85,9 @@ def test_all_but_norms_decay():
 def test_the_exact_norm_clips_as_any_other():
     """In fp32, where the exact norm is meant to be used."""
     gradient = {'a': np.random.default_rng(1).standard_normal(1000).astype(np.float32)}
-    plain, _ = optimizers.clip(optax.tree.norm).update(gradient, optax.EmptyState())
-    found, _ = optimizers.clip(exact_sums.norm).update(gradient, optax.EmptyState())
+    plain, _ = optimizers.clip(1.0, optax.tree.norm).update(gradient, optax.EmptyState())
+    found, _ = optimizers.clip(1.0, exact_sums.norm).update(gradient, optax.EmptyState())
     np.testing.assert_allclose(found['a'], plain['a'], rtol=1e-6)
     small = {'a': gradient['a'] / 1000}
-    found, _ = optimizers.clip(exact_sums.norm).update(small, optax.EmptyState())
+    found, _ = optimizers.clip(1.0, exact_sums.norm).update(small, optax.EmptyState())
     np.testing.assert_array_equal(found['a'], small['a'])

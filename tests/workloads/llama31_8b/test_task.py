@@ -9,12 +9,17 @@ from jax.sharding import Mesh
 import exact_sums
 import train_lib
 from models.llama.architectures import Architecture
+from tests.workloads.llama31_8b.configurations import configure
 from training import compilation, metrics
 from workloads.llama31_8b import optimizers
 from workloads.llama31_8b.task import LanguageModelling
 
 SMALL = Architecture(2, 64, 160, 8, 2, 8, 512)
 LENGTH, BATCH, STEPS = 64, 8, 4
+CONFIG = configure(
+    division='open', learning_rate=5e-3, end_learning_rate=5e-4, warmup_steps=2, max_steps=600,
+    decay_steps=598,
+)  # fmt: skip
 
 
 def batch_of(step):
@@ -26,8 +31,8 @@ def trained(devices, dtype, steps=STEPS):
     """(fingerprint, losses) after some steps of micro-batches of one sequence."""
     mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
     accumulation_steps = BATCH // devices
-    schedule = optimizers.learning_rate_schedule(5e-3, 2)
-    optimizer = train_lib.accumulated(optimizers.adamw(schedule), accumulation_steps, BATCH)
+    transformation, schedule = optimizers.create(CONFIG)
+    optimizer = train_lib.accumulated(transformation, accumulation_steps, BATCH)
     task = LanguageModelling(SMALL, LENGTH, dtype)
     model = train_lib.Model(task, optimizer, schedule, BATCH)
     programs = compilation.compile_steps(model, 1, mesh)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of Llama 3.1 8B: its fields, and MLPerf's rules for them. Imports no JAX."""
+
+import dataclasses
+
+from models.llama.architectures import ARCHITECTURES
+from settings.hyperparameters import Config, field
+from settings.rules import BOOLEAN, POSITIVE, Rule, at_most, division, one_of
+
+LONGEST_SEQUENCE = 131_072  # Llama 3.1's own limit.
+LARGEST_RATE = 1.0
+END_PART = 0.1  # Of the base learning rate, where the decay ends.
+
+# What the rules of the closed division leave no choice about, beside the rules of single fields
+# (MLPerf training rules, table of hyperparameters, and the compliance checker of ruleset 6.1.0).
+CLOSED_DIVISION = {
+    'model': 'llama31_8b',
+    'dataset': 'c4',
+    'sequence_length': 8192,
+    'max_steps': 1_200_000,
+    'eval_every_samples': 12_288,
+    'eval_samples': 1024,
+    'target_loss': 3.3,
+    'decay_norms': False,
+    'init_from': None,
+    'seed': None,
+}
+
+
+def _is_end_rate(value: float, base: float) -> bool:
+    return abs(value - END_PART * base) <= 1e-9 * base
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(Config):
+    """The fields of a run of Llama."""
+
+    # What is trained, on what.
+    benchmark: str = field(one_of('llama31_8b'), 'The benchmark, by the name that MLPerf gives it.')
+    model: str = field(one_of(*ARCHITECTURES), 'The network.')
+    dataset: str = field(one_of('c4'), 'The data set.')
+    sequence_length: int = field(
+        at_most(LONGEST_SEQUENCE),
+        'Tokens of a sequence that are read, and as many that are predicted.',
+        log_key='max_sequence_length',
+    )
+
+    # The tunable hyperparameters of the benchmark.
+    optimizer: str = field(one_of('adamw'), 'The optimizer.', log_key='opt_name')
+    learning_rate: float = field(
+        Rule(f'> 0 and ≤ {LARGEST_RATE:g}', lambda value: 0 < value <= LARGEST_RATE),
+        'Base learning rate, reached at the end of the warm-up.',
+        log_key='opt_base_learning_rate',
+        fits='global_batch_size',
+    )
+    end_learning_rate: float = field(
+        Rule(
+            f'{END_PART:g} · learning_rate',
+            _is_end_rate,
+            ('learning_rate',),
+            lambda value, base: f', {END_PART * base:g}',
+        ),
+        'Learning rate at the end of the decay.',
+        log_key='opt_end_learning_rate',
+        fits='learning_rate',
+    )
+    warmup_steps: int = field(
+        Rule('≥ 0 and < max_steps', lambda value, last: 0 <= value < last, ('max_steps',)),
+        'Optimizer steps of linear warm-up.',
+        log_key='opt_learning_rate_warmup_steps',
+        fits='global_batch_size',
+    )
+    decay_steps: int = field(
+        Rule(
+            'max_steps − warmup_steps',
+            lambda value, last, warmup: value == last - warmup,
+            ('max_steps', 'warmup_steps'),
+            lambda value, last, warmup: f', {last - warmup}',
+        ),
+        'Optimizer steps of decay, after the warm-up.',
+        log_key='opt_learning_rate_decay_steps',
+        fits='warmup_steps',
+    )
+    decay_schedule: str = field(
+        one_of('cosine with linear warmup'),
+        'Course of the learning rate.',
+        log_key='opt_learning_rate_decay_schedule',
+    )
+    beta_1: float = field(
+        one_of(0.9), "Decay of the gradient's running mean.", log_key='opt_adamw_beta_1'
+    )
+    beta_2: float = field(
+        one_of(0.95), "Decay of its square's running mean.", log_key='opt_adamw_beta_2'
+    )
+    epsilon: float = field(
+        one_of(1e-5), 'Added to the root of the latter.', log_key='opt_adamw_epsilon'
+    )
+    weight_decay: float = field(
+        one_of(0.1), 'λ, times the learning rate.', log_key='opt_adamw_weight_decay'
+    )
+    decay_norms: bool = field(
+        BOOLEAN, "Decay the norms' weights, too, as NeMo 2.1.0 does; else matrices alone."
+    )
+    gradient_clip_norm: float = field(
+        one_of(1.0), "Largest norm of a step's gradient.", log_key='opt_gradient_clip_norm'
+    )
+
+    # When it is evaluated, and when it ends.
+    max_steps: int = field(
+        POSITIVE,
+        'The run is aborted if it has not met the target by then; the decay ends there.',
+        log_key='max_steps',
+    )
+    eval_every_samples: int = field(
+        POSITIVE,
+        'Training sequences between evaluations, rounded up to a multiple of the batch.',
+    )
+    eval_samples: int = field(
+        POSITIVE, 'Sequences that are evaluated, the first of the validation file.'
+    )
+    target_loss: float = field(
+        Rule('> 0', lambda value: value > 0),
+        'Mean loss on the evaluated sequences, in nats a token, that ends the run.',
+    )
+    division: str = field(
+        division(CLOSED_DIVISION), 'MLPerf division.', log_key='submission_division', group='run'
+    )
