@@ -5,9 +5,10 @@ import dataclasses
 
 from models.llama.architectures import ARCHITECTURES
 from settings.hyperparameters import Config, field
-from settings.rules import BOOLEAN, POSITIVE, Rule, at_most, division, one_of
+from settings.rules import BOOLEAN, POSITIVE, Rule, division, one_of
 
 LONGEST_SEQUENCE = 131_072  # Llama 3.1's own limit.
+PART_OF_A_SEQUENCE = 128  # The loss is computed by chunks of some of these.
 LARGEST_RATE = 1.0
 END_PART = 0.1  # Of the base learning rate, where the decay ends.
 
@@ -40,7 +41,10 @@ class LlamaConfig(Config):
     model: str = field(one_of(*ARCHITECTURES), 'The network.')
     dataset: str = field(one_of('c4'), 'The data set.')
     sequence_length: int = field(
-        at_most(LONGEST_SEQUENCE),
+        Rule(
+            f'a multiple of {PART_OF_A_SEQUENCE} and ≤ {LONGEST_SEQUENCE}',
+            lambda value: 0 < value <= LONGEST_SEQUENCE and value % PART_OF_A_SEQUENCE == 0,
+        ),
         'Tokens of a sequence that are read, and as many that are predicted.',
         log_key='max_sequence_length',
     )

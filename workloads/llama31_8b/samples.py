@@ -132,11 +132,13 @@ class Samples:
       file: has the documents.
       order: of the samples.
       length: of a sample, S.
+
+    Attributes: `file` and `length`, as given.
     """
 
     def __init__(self, file: TokenFile, order: Order, length: int):
-        self.length = length
-        self._file, self._order = file, order
+        self.file, self.length = file, length
+        self._order = order
 
     def __len__(self) -> int:
         return len(self._order)
@@ -148,7 +150,7 @@ class Samples:
         filled = 0
         while filled < sample.size:
             number = self._order.documents[place]
-            piece = self._file.document(number, start, start + sample.size - filled)
+            piece = self.file.document(number, start, start + sample.size - filled)
             sample[filled : filled + piece.size] = piece
             filled += piece.size
             place, start = place + 1, 0

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences of tokens as an `input_pipeline.Source`."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from input_pipeline import Batch
@@ -16,11 +14,10 @@ class Sequences:
     Args:
       samples: in the order in which they are used; a run's seed has shaped it already.
       vocabulary: number of tokens that the network knows.
-      prefix: path of the files, for errors.
     """
 
-    def __init__(self, samples: Samples, vocabulary: int, prefix: str):
-        self._samples, self._vocabulary, self._prefix = samples, vocabulary, prefix
+    def __init__(self, samples: Samples, vocabulary: int):
+        self._samples, self._vocabulary = samples, vocabulary
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -34,13 +31,13 @@ class Sequences:
         """Samples, then some that are not real."""
         return self._batch(indices, size)
 
-    def _batch(self, numbers: Sequence[int] | np.ndarray, size: int) -> Batch:
+    def _batch(self, numbers: np.ndarray, size: int) -> Batch:
         tokens = np.zeros((size, self._samples.length + 1), np.int32)
         for row, number in enumerate(numbers):
             tokens[row] = self._samples[int(number)]
         if tokens.min() < 0 or tokens.max() >= self._vocabulary:
             raise DataError(
-                f'{self._prefix}.bin has a token that is not in 0..{self._vocabulary - 1}: it was '
-                'made for another tokenizer, or is damaged'
+                f'{self._samples.file.prefix}.bin has a token that is not in '
+                f'0..{self._vocabulary - 1}: it was made for another tokenizer, or is damaged'
             )
         return {'tokens': tokens, 'is_real': np.arange(size) < len(numbers)}

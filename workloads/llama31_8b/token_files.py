@@ -71,6 +71,7 @@ class TokenFile:
       prefix: the path of both files without .bin and .idx.
 
     Attributes:
+      prefix: as given.
       lengths: of the documents, in tokens, int32 [documents].
       tokens: in all documents together.
 
@@ -79,7 +80,7 @@ class TokenFile:
     """
 
     def __init__(self, prefix: str | Path):
-        self._prefix = Path(prefix)
+        self.prefix = Path(prefix)
         index, tokens = (Path(f'{prefix}.{suffix}') for suffix in ('idx', 'bin'))
         try:
             dtype, self.lengths = _read_index(index, tokens.stat().st_size)
@@ -92,7 +93,7 @@ class TokenFile:
         self.tokens = int(self._first[-1])
 
     def __reduce__(self):  # Each process maps the files itself.
-        return TokenFile, (self._prefix,)
+        return TokenFile, (self.prefix,)
 
     def document(self, number: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document, in the dtype of the file."""

@@ -19,8 +19,8 @@ class Case:
     """A golden case: its architecture, weights and tokens, and the official values."""
 
     def __init__(self, name):
+        self.name = name
         self.values = json.loads((FOLDER / f'{name}.json').read_text())
-        self.arrays = np.load(FOLDER / f'{name}.npz')
         c = self.config = self.values['config']
         self.architecture = Architecture(
             layers=c['layers'], width=c['hidden'], feed_forward=c['ffn'], heads=c['heads'],
@@ -28,6 +28,13 @@ class Case:
             vocabulary=c['vocab'], rotary_base=c['theta'],
             original_length=self.values['rope_scaling']['original_max_position_embeddings'],
         )  # fmt: skip
+
+    def logits(self, precision, elsewhere):
+        """Official ones, and their positions; `elsewhere`: the folder of what is not committed."""
+        file = f'{self.name}.npz'
+        folder = FOLDER if (FOLDER / file).exists() else elsewhere / 'llama31_8b' / 'model'
+        positions = self.config.get('positions', slice(None))
+        return np.load(folder / file)[f'logits_{precision}'], positions
 
     def params(self, dtype):
         weights = {name: self.weight(name).astype(dtype) for name in self.values['parameters']}

@@ -37,7 +37,7 @@ def test_what_is_logged_is_what_the_checker_accepts():
     ('fields', 'said'),
     [
         ({'end_learning_rate': 1e-4}, '0.1 · learning_rate, 4e-05'),
-        ({'learning_rate': 8e-4}, r'with learning_rate=0.0008 add --config.end_learning_rate'),
+        ({'learning_rate': 8e-4}, 'with learning_rate=0.0008 add --config.end_learning_rate'),
         ({'learning_rate': 0}, 'learning_rate=0.0 breaks the rule: > 0 and ≤ 1'),
         ({'global_batch_size': 32}, 'with global_batch_size=32 add --config.warmup_steps'),
         ({'warmup_steps': 17}, 'with warmup_steps=17 add --config.decay_steps'),
@@ -50,6 +50,7 @@ def test_what_is_logged_is_what_the_checker_accepts():
         ({'weight_decay': 0.01}, 'one of 0.1'),
         ({'gradient_clip_norm': 2}, 'one of 1.0'),
         ({'sequence_length': 4096}, 'with sequence_length=4096 add --config.division=open'),
+        ({'sequence_length': 8000}, 'sequence_length=8000 breaks the rule: a multiple of 128'),
         ({'target_loss': 3.4}, 'with target_loss=3.4 add --config.division=open'),
         ({'eval_samples': 512}, 'with eval_samples=512 add --config.division=open'),
         ({'decay_norms': True}, 'with decay_norms=True add --config.division=open'),
@@ -60,7 +61,7 @@ def test_what_is_logged_is_what_the_checker_accepts():
 def test_what_breaks_a_rule_is_rejected(fields, said):
     with pytest.raises(ConfigError) as caught:
         configure(**fields)
-    assert re.search(re.escape(said) if '--' not in said else said, str(caught.value))
+    assert said in str(caught.value)
 
 
 def test_the_open_division_takes_other_sizes():
