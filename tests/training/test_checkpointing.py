@@ -217,6 +217,14 @@ def test_weights_that_are_not_finite_start_no_run(tmp_path, value):
         checkpointing.read_weights(tmp_path / '3')
 
 
+def test_a_checkpoint_of_before_fingerprints_is_reported(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(checkpointing, 'signed', lambda record, tree: dict(record))
+        checkpointing.write(tmp_path / '3', tree_at(3), {})
+    with pytest.raises(CheckpointError, match='of an earlier version of this program'):
+        checkpointing.read(tmp_path / '3')
+
+
 def test_it_is_an_error_when_none_is_whole(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     for step in ('3', '7'):

@@ -61,6 +61,16 @@ def test_a_file_that_is_too_small_to_evaluate_is_an_error():
         samples.file_order(lengths, 4, 3)
 
 
+def test_the_token_after_the_last_sample_is_counted():
+    """Ten samples of 4 tokens read 41: an epoch of 40 is not enough for them, nor for a file."""
+    lengths = np.full(8, 5)
+    assert len(samples.training_order(lengths, 4, 9, seed=1).documents) == 8
+    assert len(samples.training_order(lengths, 4, 10, seed=1).documents) == 16
+    assert len(samples.file_order(lengths, 4, 9)) == 9
+    with pytest.raises(DatasetError, match='has 40 tokens'):
+        samples.file_order(lengths, 4, 10)
+
+
 def test_an_order_is_kept(tmp_path):
     order = samples.training_order(np.array([3, 5, 2, 7]), 4, 20, seed=1)
     order.save(tmp_path)
