@@ -4,6 +4,9 @@
 #
 #   docker build -t resnet-jax .                          for NVIDIA GPUs, V100 and later
 #   docker build -t resnet-jax-cpu --build-arg LOCK=cpu . for a machine without one
+#   docker build -t resnet-jax-cuda13 --build-arg LOCK=cuda13 --build-arg BASE=BASE13 .
+#       for NVIDIA GPUs, Ampere and later, with a newer JAX and CUDA 13; BASE13 is
+#       python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -v DATA:/benchmark/data -v RUNS:/benchmark/runs \
 #       resnet-jax scripts/run_and_time.sh [CONFIG] [FLAG...]
 #
@@ -19,16 +22,16 @@
 # since 2025-08. The digest names one image for every platform; the tag beside it is for readers. CUDA, cuDNN
 # and NCCL are wheels at the versions of requirements.txt, next to JAX, which finds them by itself (so no
 # LD_LIBRARY_PATH is needed); only the driver comes from the host.
-FROM python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
+ARG BASE=python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
+FROM $BASE
 
 LABEL org.opencontainers.image.title="ResNet-50 in JAX, an MLPerf Training reference" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.base.name="docker.io/library/python:3.11.15-slim-bookworm"
+      org.opencontainers.image.licenses="Apache-2.0"
 
 RUN useradd --create-home --uid 1000 mlperf
 WORKDIR /benchmark
 
-# LOCK=cpu: without the CUDA wheels. It stays set, so that scripts/setup_env.sh recognises this environment.
+# LOCK=cpu: without the CUDA wheels. LOCK=cuda13: with those of CUDA 13. It stays set, so that scripts/setup_env.sh recognises this environment.
 ARG LOCK=gpu
 ENV LOCK=$LOCK
 COPY requirements*.txt ./

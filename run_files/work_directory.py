@@ -31,9 +31,9 @@ _FILES = ('lock', 'config.json', 'environment.json', 'mlperf.log', 'metrics.json
 _FOLDERS = ('tensorboard', 'checkpoints', 'profile')
 _ALONE = ('lock', 'config.part')  # What a start that was killed may leave of a new run.
 _REMEDY = 'put it back as it was, or start in a new work directory (--workdir)'
-# Names the packages that training imports; of others, these decide results.
+# What is recorded with a run: the packages that this file names, and others that decide results.
 _REQUIREMENTS = Path(__file__).resolve().parents[1] / 'requirements.in'
-_ALSO = ('jaxlib', 'numpy')
+_ALSO = ('jax', 'jaxlib', 'numpy')
 
 
 class WorkDirectoryError(RejectedError):

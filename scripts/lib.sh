@@ -18,23 +18,26 @@ print_help() {
     awk 'NR == 1 || /SPDX-License-Identifier/ {next} !/^#/ {exit} {sub(/^# ?/, ""); if ($0 != "" || seen) print; seen = 1}' "$0"
 }
 
-# find_python: prints the path of a Python 3.11 that can make virtual environments.
+# A program that prints the minor version of the Python that runs it.
+python_version='import sys; print("%d.%d" % sys.version_info[:2])'
+
+# find_python [VERSION]: prints the path of a Python VERSION (3.11) that can make virtual environments.
 find_python() {
-    local candidate path tried=''
-    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3 python; do
+    local wanted="${1:-3.11}" candidate path tried=''
+    for candidate in ${PYTHON:+"$PYTHON"} "python$wanted" python3 python; do
         path="$("$candidate" -c 'import sys; print(sys.executable)' 2>/dev/null)" || continue
-        if ! "$path" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+        if [[ "$("$path" -c "$python_version")" != "$wanted" ]]; then
             tried+=" $path is $("$path" -V);"
             continue
         fi
         "$path" -c 'import ensurepip, venv' 2>/dev/null ||
             die "$path cannot make virtual environments: its venv module is missing." \
-                "On Debian and Ubuntu: apt-get install python3.11-venv"
+                "On Debian and Ubuntu: apt-get install python$wanted-venv"
         echo "$path"
         return
     done
-    die "Python 3.11 was not found (the locked versions are made for it).${tried:+ Found only:$tried}" \
-        "Install Python 3.11, or name one: PYTHON=/path/to/python3.11 $0"
+    die "Python $wanted was not found (the locked versions are made for it).${tried:+ Found only:$tried}" \
+        "Install Python $wanted, or name one: PYTHON=/path/to/python$wanted $0"
 }
 
 # use_test_environment: VENV becomes one that may hold PyTorch, which must not meet the GPU lock (see

@@ -3,18 +3,20 @@
 #
 # Makes the virtual environment that the other scripts run in; does nothing when it is up to date.
 #
-# Usage: scripts/setup_env.sh [--cpu | --gpu] [--test]
+# Usage: scripts/setup_env.sh [--cpu | --gpu | --cuda13] [--test]
 #   --cpu    the versions of requirements-cpu.txt and requirements-tools.txt
 #   --gpu    those of requirements.txt, the same and the CUDA 12 wheels (driver 525 or newer), and
 #            requirements-tools.txt
+#   --cuda13 those of requirements-cuda13.txt: a newer JAX and CUDA 13, for GPUs from Ampere on (driver 580
+#            or newer), and requirements-tools.txt; needs Python 3.12
 #            default: --gpu where nvidia-smi sees a GPU, else --cpu
 #   --test   the tools of requirements-test.txt as well and, with --cpu, PyTorch (requirements-torch.txt)
 #
 # Environment: VENV    where to make it (default: .venv in the repository)
-#              PYTHON  a Python 3.11 to make it from (default: python3.11 or python3)
-#              LOCK    cpu or gpu, as the flags
+#              PYTHON  a Python to make it from (default: python3.11, or python3.12 with --cuda13, or python3)
+#              LOCK    cpu, gpu or cuda13, as the flags
 #
-# Needs Python 3.11 and a package index, nothing else. Every package is checked against the hash in the
+# Needs Python 3.11 (or 3.12, see above) and a package index, nothing else. Every package is checked against the hash in the
 # lock. Calls at the same time wait for each other; what was interrupted is made anew.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -26,6 +28,7 @@ for argument in "$@"; do
     case "$argument" in
         --cpu) lock=cpu ;;
         --gpu) lock=gpu ;;
+        --cuda13) lock=cuda13 ;;
         --test) with_tests=true ;;
         -h | --help) print_help; exit ;;
         *) die "unknown argument $argument; $0 --help lists the known ones" ;;
@@ -36,10 +39,15 @@ done
 cd "$ROOT"
 main_locks=(requirements-cpu.txt requirements-tools.txt)
 test_locks=(requirements-test.txt requirements-torch.txt)
+wanted=3.11
 case "$lock" in
     cpu) ;;
     gpu) main_locks=(requirements.txt requirements-tools.txt) test_locks=(requirements-test.txt) ;;
-    *) die "LOCK is '$lock'; it can be cpu or gpu" ;;
+    cuda13)
+        main_locks=(requirements-cuda13.txt requirements-tools.txt) test_locks=(requirements-test.txt)
+        wanted=3.12
+        ;;
+    *) die "LOCK is '$lock'; it can be cpu, gpu or cuda13" ;;
 esac
 
 # A stamp tells what an environment was made from and where; without its stamp it counts as broken.
@@ -49,7 +57,7 @@ stamp() {
 }
 holds() { # holds NAME LOCK...: is the stamp NAME there, and right?
     [[ -f "$VENV/$1.stamp" && "$(stamp "${@:2}")" == "$(< "$VENV/$1.stamp")" ]] &&
-        "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
+        [[ "$("$VENV/bin/python" -c "$python_version" 2>/dev/null)" == "$wanted" ]]
 }
 up_to_date() {
     holds main && { ! "$with_tests" || holds test "${test_locks[@]}"; }
@@ -70,7 +78,7 @@ fi
 
 SECONDS=0
 if ! holds main; then
-    python="$(find_python)"
+    python="$(find_python "$wanted")"
     [[ ! -e "$VENV" || -f "$VENV/pyvenv.cfg" || -f "$VENV/unfinished" || -z "$(ls -A "$VENV")" ]] ||
         die "$VENV is there and is no virtual environment; move it away, or name another place: VENV=DIRECTORY $0"
     echo "making $VENV from $("$python" -V) and ${main_locks[*]}; this takes a minute or so"
@@ -93,7 +101,7 @@ if "$with_tests" && ! holds test "${test_locks[@]}"; then
     echo "adding ${test_locks[*]} to $VENV"
     rm -f "$VENV"/*.stamp
     pip_install --require-hashes -r requirements-test.txt
-    [[ "$lock" == gpu ]] || pip_install -r requirements-torch.txt
+    [[ "$lock" != cpu ]] || pip_install -r requirements-torch.txt
     stamp > "$VENV/main.stamp"
     stamp "${test_locks[@]}" > "$VENV/test.stamp"
 fi

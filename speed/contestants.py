@@ -6,6 +6,7 @@ line of its input, `COMMAND NUMBER`, with a line of JSON, and is idle in between
 """
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -23,16 +24,16 @@ ROOT = Path(__file__).resolve().parents[1]
 class Contestant:
     """A contestant's process, as the program that asks it sees it.
 
+    Several get ready at the same time: only who wants a contestant's facts waits for it.
+
     Args:
       module: it is started as `python -m MODULE ARGUMENTS`, in the root of the repository.
       python: the interpreter.
       environment: variables beside those of this process.
 
     Attributes:
-      facts: what it has said of itself.
-
-    Raises:
-      RuntimeError: the process has ended; so does `ask`.
+      facts: what it says of itself when it is ready. RuntimeError: the process has ended; so it
+        is with `ask`.
     """
 
     def __init__(
@@ -47,7 +48,11 @@ class Contestant:
             cwd=ROOT,
             env=os.environ | environment,
         )
-        self.facts = self._answer()
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:  # noqa: D102
+        facts: dict[str, Any] = self._answer()
+        return facts
 
     def _answer(self) -> Any:
         assert self._process.stdout
@@ -58,6 +63,7 @@ class Contestant:
 
     def ask(self, command: str, number: int = 0) -> Any:
         """Runs a command; its answer."""
+        _ = self.facts  # Comes first.
         print(command, number, file=self._process.stdin, flush=True)
         return self._answer()
 

@@ -59,25 +59,28 @@ same() {
     local run="$OUT/scratch/same" count gpus way="--gpus"
     gpus="$(nvidia-smi --list-gpus 2> /dev/null | wc -l)"
     ((gpus > 0)) || { way="--cpus"; gpus=2; }
+    # Each compiles for itself, and so tunes its kernels: compiled programs are kept beside a work directory.
     digits() { # digits NAME COMMAND...
-        "${@:2}" main.py --config=configs/digits.py --workdir="$run/$1" --config.seed=20261123 >&2
+        "${@:2}" main.py --config=configs/digits.py --workdir="$run/$1/run" --config.seed=20261123 >&2
     }
     digits first "$PYTHON"
     digits again "$PYTHON"
-    # Interrupted, so that it resumes; a machine that is done before has nothing to resume.
-    timeout --signal=TERM "${INTERRUPT_SECONDS:-20}" \
-        "$PYTHON" main.py --config=configs/digits.py --workdir="$run/resumed" --config.seed=20261123 >&2
+    # Interrupted in its second epoch, so that it resumes.
+    digits resumed "$PYTHON" > /dev/null &
+    until [[ -s "$run/resumed/run/metrics.jsonl" ]] || ! kill -0 $! 2> /dev/null; do sleep 0.02; done
+    pkill -TERM -P $!
+    wait $!
     digits resumed "$PYTHON"
     for count in 2 4 8; do
         ((count > gpus)) || digits "processes-$count" "$PYTHON" scripts/launch.py "$way=$count" --
     done
-    local checkpoints=("$run"/*/checkpoints)
-    "$PYTHON" scripts/fingerprint.py "${checkpoints[@]%/checkpoints}"
+    "$PYTHON" scripts/fingerprint.py "$run"/*/run
 }
 export -f same
 export OUT PYTHON
 
 step=("$PYTHON" speed/train_step.py --cache="$cache" --json="$OUT/results.jsonl")
+declare -A layouts=([bfloat16]=channels_last [float32]=contiguous_format) # PyTorch's faster ones on an H100.
 small=()
 if [[ -n "${REHEARSAL:-}" ]]; then
     small=(--config=configs/digits.py --model=resnet_digits --image_size=8 --classes=10 --span=4 --batches=8
@@ -95,16 +98,19 @@ for name in "${@:-all}"; do
     fi
     if wants same; then part same bash -c same; fi
     if wants main; then
-        part main "${step[@]}" "${peer[@]}" --dtypes=float32,bfloat16 --batches=256 --rounds=3 --loop_steps=400 --plain \
-            "${small[@]}"
+        for dtype in bfloat16 float32; do
+            part "main-$dtype" "${step[@]}" "${peer[@]}" --dtypes=$dtype --batches=256 --rounds=3 --loop_steps=400 --plain \
+                --peer_layout="${layouts[$dtype]}" "${small[@]}"
+        done
     fi
     if wants grid; then
         part grid-bfloat16 "${step[@]}" "${peer[@]}" --dtypes=bfloat16 --batches=64,128,512 --rounds=3 "${small[@]}"
         part grid-float16 "${step[@]}" "${peer[@]}" --dtypes=float16 --batches=256 --rounds=3 "${small[@]}"
-        part grid-float32 "${step[@]}" "${peer[@]}" --dtypes=float32 --batches=64,128,512 --rounds=3 --steps=10 "${small[@]}"
+        part grid-float32 "${step[@]}" "${peer[@]}" --dtypes=float32 --batches=64,128,512 --rounds=3 --steps=10 \
+            --peer_layout="${layouts[float32]}" "${small[@]}"
         part grid-accumulation "${step[@]}" "${peer[@]}" --dtypes=bfloat16,float32 --batches=256 --accumulation=4 \
             --rounds=3 --steps=5 "${small[@]}"
-        part grid-deterministic "${step[@]}" --dtypes=float32,bfloat16 --batches=256 --rounds=3 --deterministic "${small[@]}"
+        part grid-any-order "${step[@]}" --dtypes=float32,bfloat16 --batches=256 --rounds=3 --any_order "${small[@]}"
     fi
     if wants first; then part first "$PYTHON" speed/first_step.py configs/digits.py; fi
     if wants profile; then

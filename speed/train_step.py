@@ -46,6 +46,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             contestants['peer'] = Contestant(
                 'speed.train_step_pytorch', text, python=peer, **ENVIRONMENT
             )
+        facts = {name: each.facts for name, each in contestants.items()}
         turns = [(name, each, 'steps', case['steps']) for name, each in contestants.items()]
         turns.append(('loop', ours, 'loop', case['loop_steps'] or case['steps']))
         if case['plain']:
@@ -61,15 +62,14 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             ceilings.append(ours.ask('ceilings', case['ceiling_size']))
         if case['trace']:
             ours.ask('trace', 3)
-        memory = ours.ask('memory')
+        memory, costs = ours.ask('memory'), ours.ask('costs')
     finally:
         for each in contestants.values():
             each.stop()
     best = {name: max(c[name] for c in ceilings) for name in ('tflops', 'gbytes')}
-    facts = {name: each.facts for name, each in contestants.items()}
     return {
         **{name: case[name] for name in ('dtype', 'batch', 'accumulation')},
-        **summary(case['batch'], facts['bare'], rates, best),
+        **summary(case['batch'], facts['bare'] | costs, rates, best),
         'memory_gib': (memory or facts['bare']['program_bytes']) / 2**30,
         'ready_seconds': facts['bare']['ready'],
         'rounds': rates,
@@ -162,11 +162,19 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         '--plain', action='store_true', help='the same step with sums in floating point, too'
     )
-    parser.add_argument('--deterministic', action='store_true', help='as main.py runs by default')
+    parser.add_argument(
+        '--any_order', action='store_true', help='without the field deterministic, a default'
+    )
     parser.add_argument('--data_dir', help='prepared records of the configuration, for `input`')
     parser.add_argument('--peer_python', help='a Python with PyTorch, to compare with')
     parser.add_argument(
         '--peer_compile', default='default', help='mode of torch.compile, or none: not compiled'
+    )
+    parser.add_argument(
+        '--peer_layout',
+        choices=['channels_last', 'contiguous_format'],
+        default='channels_last',
+        help='of its images and weights',
     )
     parser.add_argument('--cache', help='folder of compiled programs (default: none are kept)')
     parser.add_argument('--trace', help='folder for traces of three steps of every case')

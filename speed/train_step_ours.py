@@ -9,6 +9,8 @@ loop N      the same in the training loop, with its log, metrics and checkpoints
 input N     the same, fed by the input pipeline (with a data set)
 trace N     the same as steps, traced
 ceilings N  TFLOP/s of a matrix product N × N, and GB/s of a copy of 4·N² bytes
+costs 0     a device's operations and bytes of a micro-step, by XLA's count
+fingerprint 0  of the state, after all steps so far
 memory 0    the most bytes that a device had in use so far; 0 where it does not count
 """
 
@@ -28,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import exact_sums
+import train_lib
 from experiments.plain_step import Plain, plain_step
 from input_pipeline import Pipeline
 from run_files.mlperf_log import EventLog
@@ -69,7 +73,8 @@ class Ours:
     """
 
     def __init__(self, case: dict[str, Any], workdir: Path):
-        backend.prepare(case['deterministic'], micro_batches=1)
+        deterministic = not case['any_order']
+        backend.prepare(deterministic, micro_batches=1)
         jax.config.update('jax_compilation_cache_dir', case['cache'])
         devices = jax.device_count()
         prepared = cases.prepare(
@@ -82,7 +87,8 @@ class Ours:
             global_batch_size=devices * case['batch'] * case['accumulation'],
             checkpoint_every_steps=case['checkpoint_every'],
             log_every_steps=case['log_every'],
-            **{name: case[name] for name in ('model', 'image_size', 'dtype', 'deterministic')},
+            deterministic=deterministic,
+            **{name: case[name] for name in ('model', 'image_size', 'dtype')},
         )
         run = set_up(WORKLOAD, *prepared, workdir, EventLog(None), start.NOTHING)
         self._trace, self._parts, self._state = case['trace'], run.parts, run.state
@@ -102,6 +108,8 @@ class Ours:
             'input': lambda count: self.loop(self._fed_loop, count),
             'trace': self.trace,
             'ceilings': self.ceilings,
+            'costs': self.costs,
+            'fingerprint': self.fingerprint,
             'memory': self.memory,
         }
 
@@ -115,24 +123,27 @@ class Ours:
         return compilation.split(self._parts.programs.mesh, batch)
 
     def _facts(self) -> dict[str, Any]:
-        """What XLA says about the compiled micro-step, and the device."""
-        plan, model, programs = self._parts.plan, self._parts.model, self._parts.programs
-        memory = programs.train.memory_analysis()
-        # Of the program before it is compiled: libraries' calls hide their operations afterwards.
-        traced = compilation.trace_train(model, plan.micro_batch_size, programs.mesh)
-        costs = traced.lower().cost_analysis()
-        accessed = programs.train.cost_analysis()
-        assert costs
-        assert accessed
+        """The device, and what XLA says about the memory of the compiled micro-step."""
+        memory = self._parts.programs.train.memory_analysis()
         assert memory
         return {
             'version': f'JAX {jax.__version__}',
             'device': jax.devices()[0].device_kind,
-            'devices': plan.num_devices,
-            'flops': costs['flops'] / plan.num_devices,
-            'bytes': accessed['bytes accessed'],
+            'devices': self._parts.plan.num_devices,
             'program_bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         }
+
+    def costs(self, _: int) -> dict[str, float]:
+        """A device's operations and bytes of a micro-step, by XLA's count."""
+        plan, model, programs = self._parts.plan, self._parts.model, self._parts.programs
+        # Operations before it is compiled, for libraries' calls hide theirs; and of a CPU's
+        # program, for only there does XLA count that early.
+        host = jax.sharding.Mesh(jax.devices('cpu')[:1], (train_lib.AXIS,))
+        before = compilation.trace_train(model, plan.micro_batch_size, host).lower()
+        counted, compiled = before.cost_analysis(), programs.train.cost_analysis()
+        assert counted
+        assert compiled
+        return {'flops': counted['flops'], 'bytes': compiled['bytes accessed']}
 
     def steps(self, count: int) -> float:
         """Seconds for `count` optimizer steps: nothing but the compiled program."""
@@ -194,6 +205,11 @@ class Ours:
             'tflops': 2 * size**3 / seconds(product, x) / 1e12,
             'gbytes': 2 * words.nbytes / seconds(copy, words) / 1e9,
         }
+
+    def fingerprint(self, _: int) -> str:
+        """Of the state; the same wherever the same number of steps was done."""
+        saved = train_lib.to_saved(self._state)
+        return exact_sums.shown(self._parts.programs.fingerprint(saved))
 
     def memory(self, _: int) -> int:
         """The most bytes that the first device had in use so far; 0 where it does not count."""

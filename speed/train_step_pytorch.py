@@ -5,7 +5,7 @@
 
     steps N  seconds for N optimizer steps on a batch that lies on the device
 
-Channels last, autocast, compiled, a fused optimizer.
+Autocast, compiled, a fused optimizer; the layout is the case's.
 """
 
 import json
@@ -29,7 +29,8 @@ def contestant(case: dict[str, Any]) -> tuple[dict[str, Any], Commands]:
     # True fp32, as ours; half precision is not affected.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
-    there: dict[str, Any] = {'device': device, 'memory_format': torch.channels_last}
+    layout = getattr(torch, case['peer_layout'])
+    there: dict[str, Any] = {'device': device, 'memory_format': layout}
     model = create(case['model'], case['classes']).to(**there)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True

@@ -4,8 +4,10 @@
 Tests that need real images are skipped where no environment variable names them.
 """
 
+import hashlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,20 @@ def cifar10_jpeg() -> Path:
 def official_outputs() -> Path:
     """The folder of outputs of the official implementation that are too large to be committed."""
     return _path_named_by('GOLDEN', 'the folder of official outputs (tests/golden/README.md)')
+
+
+@pytest.fixture(scope='session')
+def own_environment() -> dict[str, str]:
+    """Variables with which scripts run in this environment, if scripts/setup_env.sh has made it.
+
+    Any other, and one of locks that have changed since, would be made anew by them, and lost.
+    """
+    root, stamp = Path(__file__).parents[1], Path(sys.prefix, 'main.stamp')
+    locks = (root / f'requirements-{name}.txt' for name in ('build', 'cpu', 'tools'))
+    digest = hashlib.sha256(b''.join(lock.read_bytes() for lock in locks)).hexdigest()
+    if not stamp.exists() or digest not in stamp.read_text().split():
+        pytest.skip('needs the environment that scripts/setup_env.sh makes')
+    return {'VENV': sys.prefix, 'LOCK': 'cpu'}
 
 
 @pytest.fixture(scope='session')

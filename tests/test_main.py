@@ -203,8 +203,8 @@ def test_no_value_of_any_type_in_a_file_is_a_traceback():
         assert_resolved_or_named(base | changes, {}, changes)
 
 
-def test_scripts_judge_arguments_before_anything_is_prepared(tmp_path):
-    environment = os.environ | {'VENV': sys.prefix, 'LOCK': 'cpu', 'JAX_PLATFORMS': 'cpu'}
+def test_scripts_judge_arguments_before_anything_is_prepared(tmp_path, own_environment):
+    environment = os.environ | own_environment | {'JAX_PLATFORMS': 'cpu'}
     for arguments in (
         ['--config.momentum=3'],
         ['--gpus=0'],
@@ -231,17 +231,14 @@ def test_scripts_judge_arguments_before_anything_is_prepared(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-def test_every_gpu_of_a_machine_has_a_process(tmp_path):
+def test_every_gpu_of_a_machine_has_a_process(tmp_path, own_environment):
     """With a driver that names three GPUs; that they cannot be used is the launcher's error."""
     driver = tmp_path / 'bin' / 'nvidia-smi'
     driver.parent.mkdir()
     driver.write_text('#!/bin/sh\nfor i in 0 1 2; do echo "GPU $i: NVIDIA (UUID: GPU-$i)"; done\n')
     driver.chmod(0o755)
-    environment = os.environ | {
-        'VENV': sys.prefix,
-        'LOCK': 'cpu',
-        'PATH': f'{driver.parent}:{os.environ["PATH"]}',
-    }
+    path = f'{driver.parent}:{os.environ["PATH"]}'
+    environment = os.environ | own_environment | {'PATH': path}
     for visible, processes in ((None, 3), ('1,2', 2)):
         if visible:
             environment['CUDA_VISIBLE_DEVICES'] = visible

@@ -47,6 +47,25 @@ def window_padding(kernel: int, stride: int, size: int, padding: Padding) -> tup
     return total // 2, total - total // 2
 
 
+class Pointwise(nn.Module):
+    """A 1×1 convolution without a bias, as a product of matrices; the kernel is nn.Conv's."""
+
+    features: int
+    stride: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [N, H, W, C] to [N, H/stride, W/stride, features]."""
+        shape = (1, 1, x.shape[-1], self.features)
+        kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)[0, 0]
+        x = x[:, :: self.stride, :: self.stride]
+        return jnp.tensordot(
+            x.astype(self.dtype), kernel.astype(self.dtype), 1, precision=PRECISION
+        )
+
+
 def convolution(
     x: jax.Array,
     features: int,
@@ -62,6 +81,11 @@ def convolution(
 
     To be called in a module, of which it becomes the submodule `name`.
     """
+    kernel_init = conv_init(truncated_init)
+    # On GPUs, cuBLAS multiplies fp32 matrices faster than cuDNN convolves; in half precision
+    # it is the other way round (docs/performance.md).
+    if kernel == 1 and jnp.finfo(dtype).bits >= 32:
+        return Pointwise(features, stride, dtype, kernel_init, name=name)(x)
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -70,7 +94,7 @@ def convolution(
         use_bias=False,
         dtype=dtype,
         precision=PRECISION,
-        kernel_init=conv_init(truncated_init),
+        kernel_init=kernel_init,
         name=name,
     )(x)
 

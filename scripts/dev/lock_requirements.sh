@@ -22,11 +22,12 @@ esac
 command -v uv > /dev/null || die 'uv is missing: pip install uv'
 cd "$ROOT"
 
+python=3.11
 # make_lock IN OUT WHAT [ARGUMENT...]
 make_lock() {
     local body
     uv pip compile --quiet --generate-hashes --no-header --no-emit-index-url --no-annotate \
-        --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+        --python-version "$python" --python-platform x86_64-manylinux_2_28 \
         ${upgrade[@]+"${upgrade[@]}"} "${@:4}" "$1" --output-file "$2"
     body="$(grep -v '^#' "$2")"
     {
@@ -39,7 +40,7 @@ make_lock() {
 }
 
 make_lock requirements-build.in requirements-build.txt 'pip and setuptools, which install the other locks.'
-make_lock requirements.in requirements-cpu.txt 'Training and evaluation, without the CUDA wheels.'
+make_lock requirements-cpu.in requirements-cpu.txt 'Training and evaluation, without the CUDA wheels.'
 make_lock requirements-gpu.in requirements.txt \
     'Training on NVIDIA GPUs, Volta (V100) and later: requirements-cpu.txt and the CUDA 12 wheels.' \
     --constraint requirements-cpu.txt
@@ -47,3 +48,7 @@ make_lock requirements-tools.in requirements-tools.txt \
     'Reports, conversion, data preparation, on top of requirements-cpu.txt or requirements.txt.'
 make_lock requirements-test.in requirements-test.txt \
     'Tools of the tests, on top of requirements-tools.txt.'
+python=3.12 make_lock requirements-cuda13.in requirements-cuda13.txt \
+    'Training on NVIDIA GPUs, Ampere and later, with Python 3.12: the versions of requirements-cpu.txt but for JAX.' \
+    --constraint <(grep --no-filename --invert-match '^jax' requirements-cpu.txt requirements-tools.txt |
+        sed -n 's/^\([^ ]*==[^ ]*\).*/\1/p')

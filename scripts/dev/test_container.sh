@@ -38,8 +38,8 @@ elif command -v buildah > /dev/null && command -v mmdebstrap > /dev/null && [[ "
     bud() { buildah --root "$storage/root" --runroot "$storage/run" --storage-driver vfs "$@"; }
     build() {
         local base container
-        base="$(awk '$1 == "FROM" {sub(/@.*/, "", $2); print $2}' Dockerfile)"
-        sed 's/^\(FROM [^@]*\)@.*/\1/' Dockerfile > "$storage/Dockerfile" # The stand-in has another digest.
+        base="$(sed -n 's/^ARG BASE=\([^@]*\)@.*/\1/p' Dockerfile)"
+        sed 's/^\(ARG BASE=[^@]*\)@.*/\1/' Dockerfile > "$storage/Dockerfile" # The stand-in has another digest.
         mmdebstrap --quiet --variant=minbase --include=python3.11,python3.11-venv,ca-certificates \
             bookworm "$storage/base.tar"
         container="$(bud from scratch)"

@@ -3,7 +3,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
@@ -49,12 +48,14 @@ def test_a_run_that_is_killed_resumes_and_ends_as_if_it_had_not_been(program, re
 
 
 @pytest.mark.slow
-def test_run_and_time_reaches_the_target_and_the_checker_accepts(digits_dir, tmp_path):
+def test_run_and_time_reaches_the_target_and_the_checker_accepts(
+    digits_dir, tmp_path, own_environment
+):
     """From another folder, with a space in a path."""
     workdir = tmp_path / 'a run'
     done = run(
         'scripts/run_and_time.sh', f'--workdir={workdir}', f'--config.data_dir={digits_dir}',
-        cwd=share_programs(tmp_path), VENV=sys.prefix, LOCK='cpu',
+        cwd=share_programs(tmp_path), **own_environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'accepted by the compliance checker (4.0.0)' in done.stdout

@@ -173,9 +173,9 @@ def test_commands_marked_in_the_requirements_work():
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_work(tmp_path):
+def test_the_readmes_commands_work(tmp_path, own_environment):
     """The commands of its blocks, to the letter, but for where they write."""
-    variables = environment(VENV=sys.prefix, LOCK='cpu')
+    variables = environment(**own_environment)
     share_programs(tmp_path)
     ran = 0
     for block in blocks(ROOT / 'README.md'):

@@ -52,7 +52,7 @@ def read_lock(name: str) -> dict[str, str]:
     return locked
 
 
-@pytest.mark.parametrize('name', ['build', 'cpu', 'tools', 'test'])
+@pytest.mark.parametrize('name', ['build', 'cpu', 'cuda13', 'tools', 'test'])
 def test_every_version_is_exact_and_hashed(name):
     assert read_lock(f'requirements-{name}.txt')
 
@@ -62,9 +62,10 @@ def test_gpu_lock_works_on_a_v100():
     assert {package: locked.get(package) for package in VOLTA} == VOLTA
 
 
-def test_gpu_lock_is_the_cpu_lock_and_cuda():
-    gpu, cpu = read_lock('requirements.txt'), read_lock('requirements-cpu.txt')
-    assert {p: v for p, v in gpu.items() if p in cpu} == cpu
+@pytest.mark.parametrize(('name', 'other'), [('', set()), ('-cuda13', {'jax', 'jaxlib'})])
+def test_gpu_locks_are_the_cpu_lock_and_cuda(name, other):
+    gpu, cpu = read_lock(f'requirements{name}.txt'), read_lock('requirements-cpu.txt')
+    assert {p for p in cpu if gpu[p] != cpu[p]} == other
     cuda = gpu.keys() - cpu.keys()
     assert cuda == {p for p in gpu if p.startswith('nvidia-') or 'cuda' in p}
 

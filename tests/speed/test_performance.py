@@ -33,6 +33,7 @@ BATCH, SPAN, SIZE = 8, 4, 32
 # TinyBottleneck's: stem; three blocks of three; a projection in either stage.
 BLOCKS = 3
 CONVOLUTIONS = 1 + 3 * BLOCKS + 2
+POINTWISE = 2 * BLOCKS + 2  # Of these 1×1, which fp32 has as products of matrices.
 
 
 def parts(task_type=TinyBottleneck, num_classes=10, **overrides) -> tuple:
@@ -70,9 +71,12 @@ def described(variable) -> Any:
 
 def test_the_step_is_the_forward_pass_and_two_gradients():
     # Every convolution forward, by its kernel and by its input, save the stem's by the image.
-    assert len(operations('conv_general_dilated', dtype='float32')) == 3 * CONVOLUTIONS - 1
+    windows = CONVOLUTIONS - POINTWISE
+    assert len(operations('conv_general_dilated', dtype='float32')) == 3 * windows - 1
+    assert len(operations('conv_general_dilated', dtype='bfloat16')) == 3 * CONVOLUTIONS - 1
     # The head, likewise, of which the input needs its own.
-    assert len(operations('dot_general', dtype='float32')) == 3
+    assert len(operations('dot_general', dtype='float32')) == 3 * (POINTWISE + 1)
+    assert len(operations('dot_general', dtype='bfloat16')) == 3
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
