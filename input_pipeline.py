@@ -105,13 +105,19 @@ class Pipeline:
     Args:
       train: the examples to train on.
       evaluation: the examples to evaluate.
-      seed: the run's.
+      seed: the run's; None where nothing is trained.
       share: this process's part of a micro-batch.
       processes: how many processes make batches; 0 for threads of this process.
     """
 
     def __init__(
-        self, train: Source, evaluation: Source, *, seed: int, share: Share, processes: int
+        self,
+        train: Source,
+        evaluation: Source,
+        *,
+        seed: int | None,
+        share: Share,
+        processes: int,
     ):
         self._load_train = functools.partial(_load_train, source=train, seed=seed, share=share)
         self._load_evaluation = functools.partial(_load_evaluation, source=evaluation, share=share)
@@ -127,8 +133,9 @@ class Pipeline:
         return _ahead(self._load_evaluation, 0, self._evaluation_batches, self._processes)
 
 
-def _load_train(micro_step: int, *, source: Source, seed: int, share: Share) -> Batch:
+def _load_train(micro_step: int, *, source: Source, seed: int | None, share: Share) -> Batch:
     """This process's share of a micro-step: a pure function of (seed, micro_step)."""
+    assert seed is not None
     positions = micro_step * share.whole + share.start + np.arange(share.size)
     return source.train(positions, seed)
 

@@ -18,7 +18,7 @@ def get_config(optimizer: str = 'lars') -> ConfigDict:
     Args:
       optimizer: lars or sgd, each with its own learning rate.
     """
-    config = common.base()
+    config = common.resnet()
 
     config.model = 'resnet18_cifar'
     config.dataset = 'cifar10'

@@ -14,7 +14,7 @@ from configs import common
 
 def get_config() -> ConfigDict:
     """The configuration; hyperparameters.TABLE says what each field means."""
-    config = common.base()
+    config = common.resnet()
 
     config.model = 'resnet_digits'
     config.dataset = 'digits'

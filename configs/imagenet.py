@@ -30,7 +30,7 @@ def get_config(optimizer: str = 'lars') -> ConfigDict:
     """
     if optimizer not in ('lars', 'sgd'):
         raise ValueError(f'{optimizer!r} is not one of lars, sgd')
-    config = common.base()
+    config = common.resnet()
 
     config.model = 'resnet50'
     config.dataset = 'imagenet2012'

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from settings.errors import REJECTED, RejectedError
+from workloads.llama31_8b.datasets import FILES
 from workloads.resnet.datasets import ALIASES, EVAL_SPLIT
 
 DATA_DIR = Path(__file__).resolve().parents[1] / 'data'
@@ -77,10 +78,11 @@ def parse_arguments() -> argparse.Namespace:
     add = functools.partial(names.add_parser, allow_abbrev=False, epilog=STATUS)
     _add_options(add('digits', help='the digits that scikit-learn carries'))
     _add_options(add('cifar10', help='CIFAR-10'), '--from')
+    _add_options(add('speeches', help='messages of presidents to Congress, as bytes'))
     imagenet = add('imagenet2012', aliases=['imagenet'], help='ILSVRC2012')
     _add_options(imagenet, '--archives_dir', '--url', '--sources', '--workers')
 
-    known = {name: name for name in EVAL_SPLIT} | ALIASES
+    known = {name: name for name in (*EVAL_SPLIT, *FILES)} | ALIASES
     verify.add_argument('name', metavar='NAME', choices=known, help=', '.join(known))
     _add_options(verify, '--full', '--manifest', '--workers')
     arguments = parser.parse_args()
@@ -90,13 +92,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> str:
     """Runs one command and returns the line that says what came of it."""
-    from data_preparation import cifar10, digits, imagenet, imagenet_archives, manifest
+    from data_preparation import cifar10, digits, imagenet, imagenet_archives, manifest, token_data
     from data_preparation.verify import verify
 
     name, data_dir = arguments.name, arguments.data_dir
     if arguments.command == 'verify':
+        if name in FILES:
+            return token_data.verify(name, data_dir)
         full, workers = arguments.full, arguments.workers
         return verify(name, data_dir, full=full, manifest_file=arguments.manifest, workers=workers)
+    if name == 'speeches':
+        return f'prepared: {token_data.prepare_speeches(data_dir)}'
     if name == 'digits':
         directory = digits.prepare(data_dir)
     elif name == 'cifar10':

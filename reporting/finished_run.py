@@ -54,7 +54,6 @@ class FinishedRun:
       environment: what environment.json says: versions, devices, commit, data.
       events: of the MLPerf log, in order.
       plan: on the devices that it last ran on.
-      ruleset: of MLPerf Training, by which it is judged.
     """
 
     directory: Path
@@ -62,7 +61,11 @@ class FinishedRun:
     environment: Mapping[str, Any]
     events: Sequence[Mapping[str, Any]]
     plan: Plan
-    ruleset: str
+
+    @property
+    def ruleset(self) -> str:
+        """The version of MLPerf Training's rules by which it is judged."""
+        return self.plan.course.ruleset.version
 
     @property
     def log(self) -> Path:
@@ -276,4 +279,4 @@ def read_run(directory: Path) -> FinishedRun:
         raise LogRejectedError(f'{log} cannot be used: {error}') from error
     except (ValueError, ArithmeticError) as error:
         raise RunError(f'the files in {directory} contradict each other: {error}') from error
-    return FinishedRun(directory, config, environment, events, plan, workload.ruleset)
+    return FinishedRun(directory, config, environment, events, plan)

@@ -202,6 +202,8 @@ class EventLog:
         self.event(constants.SUBMISSION_BENCHMARK, config.benchmark)
         for key, value in hyperparameters.logged(config).items():
             self.event(key, value)
+        for key, value in plan.course.ruleset.facts.items():
+            self.event(key, value)
         self.event(constants.GRADIENT_ACCUMULATION_STEPS, plan.accumulation_steps)
         self.event(constants.TRAIN_SAMPLES, plan.num_train)
         self.event(constants.EVAL_SAMPLES, plan.num_eval)

@@ -114,6 +114,7 @@ class Progress:
 
     def __init__(self, workdir: Path | None, plan: Plan, first_step: int):
         self._plan, self._first_step = plan, first_step
+        self._digits = 0 if plan.course.examples_per_unit == 1 else 2
         self._terminal, self._open_line = sys.stdout.isatty(), False
         self._started, self._elapsed = time.monotonic(), 0.0
         self._file: LineFile | None = None
@@ -164,7 +165,7 @@ class Progress:
         self._write(step, values)
         pace = (time.monotonic() - self._started) / max(step - self._first_step, 1)
         fields = [
-            (0, f'{self._plan.course.unit} {self._plan.position(step):6.2f}'),
+            (0, f'{self._plan.course.unit} {self._plan.position(step):6.{self._digits}f}'),
             (1, f'step {step}/{self._plan.total_steps}'),
             (2, f'loss {values["loss"]:.4f}'),
             (5, f'rate {values["learning_rate"]:.4g}'),

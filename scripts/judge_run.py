@@ -58,9 +58,12 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    good, said = verdicts.accepted(run.log, run.ruleset)
+    changes = run.plan.course.ruleset.changes
+    good, said = verdicts.accepted(run.log, run.ruleset, changes)
     verdict = 'accepted' if good else 'REJECTED'
     print(f'log        {run.log}: {verdict} by the compliance checker ({run.ruleset})')
+    for old, new in changes.items():
+        print(f'           with a change of its rules: {old} is {new}')
     if not good:
         print(said)
     target, qualities = run.plan.target, [quality for _, quality in run.results]

@@ -63,7 +63,7 @@ def choose(runs: Sequence[FinishedRun], org: str, system: str) -> list[FinishedR
             f'them as such, or repeat the runs with other names:\n    {remedy}'
         )
     for run in runs:
-        accepted, text = verdicts.accepted(run.log, run.ruleset)
+        accepted, text = verdicts.accepted(run.log, run.ruleset, run.plan.course.ruleset.changes)
         if not accepted and run.reached:
             problems.append(f'{run.log} is rejected by the compliance checker:\n{text}')
     if problems:

@@ -4,14 +4,15 @@
 # Trains a configuration to its target, has the log judged by the official checker, prints the result.
 #
 # Usage: scripts/run_and_time.sh [CONFIG] [--workdir=DIR] [--gpus=N | --cpus=N] [--config.NAME=VALUE...]
-#   CONFIG        configs/digits.py (default), configs/cifar10.py, configs/imagenet.py, or a file of yours
+#   CONFIG        configs/digits.py (default), configs/speeches.py, configs/imagenet.py, configs/llama31_8b.py, …,
+#                 or a file of yours
 #   --workdir     where everything is written (default: runs/NAME-1, or the next number that is not
 #                 finished); the same command resumes a run that was interrupted
 #   --gpus=N      N processes with one GPU each (default: all GPUs that CUDA_VISIBLE_DEVICES or the driver names)
 #   --cpus=N      N processes on the CPU
 #   --config.NAME=VALUE  overrides a field of the configuration; python main.py --help lists them
 #
-# Sets up the environment first, and prepares the digits; other data sets are prepared by
+# Sets up the environment first, and prepares the digits and the speeches; other data sets are prepared by
 # scripts/download_dataset.sh. The last line is RESULT,DATASET,SEED,SECONDS,USER,START. Exit status:
 # 0 target reached and log accepted, 1 not, 2 rejected before the start, 3 failed, 75 interrupted: the same
 # command resumes.
@@ -66,9 +67,9 @@ if [[ -n "$data_dir" ]]; then
 fi
 # Before anything is prepared or written.
 "$python" "$ROOT/main.py" "${arguments[@]}" --mode=check
-if [[ "$name" == digits ]]; then
-    (cd "$ROOT" && "$python" -m data_preparation prepare digits "$data_dir") | tail -n 1
-fi
+case "$name" in
+    digits | speeches) (cd "$ROOT" && "$python" -m data_preparation prepare "$name" "$data_dir") | tail -n 1 ;;
+esac
 if [[ -z "$workdir" ]]; then
     number=1
     while grep -qs '"run_stop"' "$ROOT/runs/$name-$number/mlperf.log"; do number=$((number + 1)); done

@@ -90,7 +90,8 @@ if ! holds main; then
     "$python" -m venv "$VENV" || die "cannot make $VENV; name another place: VENV=DIRECTORY $0"
     pip_install --require-hashes -r requirements-build.txt
     for main_lock in "${main_locks[@]}"; do
-        pip_install --require-hashes --no-build-isolation -r "$main_lock"
+        # Locks are complete, but for what is left out on purpose.
+        pip_install --require-hashes --no-deps --no-build-isolation -r "$main_lock"
     done
     # Programs of every folder import modules from the root.
     echo "$ROOT" > "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/repository.pth"

@@ -79,7 +79,9 @@ class Config:
         'Another number is the same mathematics with other rounding.',
     )
     optimizer: str = field(TEXT, 'The optimizer.', log_key='opt_name')
-    dtype: str = field(DTYPES, 'Of activations and convolutions; all else is float32 always.')
+    dtype: str = field(
+        DTYPES, 'Of activations and what multiplies them; all else is float32 always.'
+    )
     seed: int | None = field(
         SEED,
         "The run's only seed; none: from the system's entropy. Set it only to debug or to compare "

@@ -4,7 +4,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from settings.errors import ConfigError
 from settings.hyperparameters import Config
@@ -79,6 +79,22 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ruleset:
+    """By what a run's log is judged.
+
+    Attributes:
+      version: of MLPerf Training's rules.
+      facts: that the log must state about the run beside its hyperparameters, by key.
+      changes: texts of the official rule files and what stands in their place when the run is
+        judged; the verdict says so.
+    """
+
+    version: str
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    changes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Course:
     """What a workload decides about a run.
 
@@ -88,6 +104,7 @@ class Course:
       unit: what evaluations are counted in: 'epoch', or what its examples are called.
       examples_per_unit: of one such unit.
       examples: what the examples are called.
+      ruleset: by which the run is judged.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -95,6 +112,7 @@ class Course:
     unit: str
     examples_per_unit: int
     examples: str
+    ruleset: Ruleset
 
 
 @dataclasses.dataclass(frozen=True)

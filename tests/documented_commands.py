@@ -28,7 +28,8 @@ from data_preparation import __main__ as data_preparation
 from scripts import launch, run_seeds
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ('imagenet', 'imagenet:sgd', 'cifar10', 'cifar10:sgd', 'cifar10_small', 'digits')
+RESNET = ('imagenet', 'imagenet:sgd', 'cifar10', 'cifar10:sgd', 'cifar10_small', 'digits')
+CONFIGS = (*RESNET, 'llama31_8b', 'speeches')
 LAUNCHERS = r'(\S*/)?(python|pytest|docker|sbatch|mpirun|tensorboard) '
 COMMAND = re.compile(
     rf'{LAUNCHERS}|(scripts|experiments|speed)/\S+\.(sh|py)( |$)|[a-z_]+\.(py|sub) -'

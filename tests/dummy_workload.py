@@ -18,7 +18,7 @@ import optax
 
 from input_pipeline import Batch, Pipeline, Share, generator, shuffled
 from settings.hyperparameters import Config, field
-from settings.plan import Course, Evaluation, Plan, Target
+from settings.plan import Course, Evaluation, Plan, Ruleset, Target
 from settings.rules import POSITIVE, Rule, division
 from training.workload import Optimizer, Workload
 
@@ -135,7 +135,6 @@ class Line:
 class Dummy:
     """The workload; see training/workload.py."""
 
-    ruleset = '4.0.0'
     head: tuple[str, ...] = ('params', 'none')
 
     def data(self, config: DummyConfig) -> Noise:
@@ -165,6 +164,7 @@ class Dummy:
             unit='samples',
             examples_per_unit=1,
             examples='points',
+            ruleset=Ruleset('4.0.0'),
         )
 
     def warnings(
@@ -173,7 +173,9 @@ class Dummy:
         """None."""
         return []
 
-    def pipeline(self, config: DummyConfig, dataset: Noise, seed: int, share: Share) -> Pipeline:
+    def pipeline(
+        self, config: DummyConfig, dataset: Noise, seed: int | None, share: Share
+    ) -> Pipeline:
         """Points of the two splits."""
         train = Points(dataset.num_train, 0, config.stop_at)
         evaluation = Points(dataset.num_eval, dataset.num_train)

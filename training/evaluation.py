@@ -104,7 +104,7 @@ def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, 
     sums = total(
         compilation.trace_evaluate(task, config.micro_batch_size, mesh).lower().compile(),
         compilation.replicate(mesh, weights),
-        workload.pipeline(config, dataset, 0, share).evaluation(),
+        workload.pipeline(config, dataset, None, share).evaluation(),
         mesh,
     )
     assert sums is not None

@@ -37,12 +37,10 @@ class Workload(Protocol, Generic[C, D]):
     """A benchmark.
 
     Attributes:
-      ruleset: of MLPerf Training, whose checker judges the log.
       head: names of the variables, as the start of their path, that depend on the data set; a run
         that starts from other weights may have them anew.
     """
 
-    ruleset: str
     head: tuple[str, ...]
 
     def data(self, config: C) -> D:
@@ -60,7 +58,7 @@ class Workload(Protocol, Generic[C, D]):
         """
 
     def course(self, config: C, num_train: int) -> Course:
-        """When the run is evaluated, what ends it, and what a device can take.
+        """When the run is evaluated, what ends it, and by which rules it is judged.
 
         Raises:
           ConfigError: when the training set is too small for the configuration.
@@ -77,8 +75,15 @@ class Workload(Protocol, Generic[C, D]):
           config: what was made of both.
         """
 
-    def pipeline(self, config: C, dataset: D, seed: int, share: Share) -> Pipeline:
-        """The batches of a run. Nothing is read before the first one is asked for."""
+    def pipeline(self, config: C, dataset: D, seed: int | None, share: Share) -> Pipeline:
+        """The batches of a run. No example is read before the first one is asked for.
+
+        Args:
+          config: of the run.
+          dataset: what `data` has found.
+          seed: the run's; None where nothing is trained.
+          share: this process's part of a micro-batch.
+        """
 
     def task(self, config: C, dataset: D) -> Task:
         """The model with its loss and metrics."""

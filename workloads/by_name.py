@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from settings.errors import ConfigError
 from settings.hyperparameters import Config, resolve
+from workloads.llama31_8b.fields import LlamaConfig
 from workloads.resnet.fields import ResNetConfig
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ class Entry(NamedTuple):
     module: str
 
 
-BENCHMARKS = {'resnet': Entry(ResNetConfig, 'workloads.resnet.workload')}
+BENCHMARKS = {
+    'resnet': Entry(ResNetConfig, 'workloads.resnet.workload'),
+    'llama31_8b': Entry(LlamaConfig, 'workloads.llama31_8b.workload'),
+}
 
 
 def config_type(values: Mapping[str, Any]) -> type[Config]:

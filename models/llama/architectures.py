@@ -40,4 +40,14 @@ ARCHITECTURES = {
         head_size=128,
         vocabulary=128_256,
     ),
+    # For text as bytes; token 256 ends a document.
+    'llama_bytes': Architecture(
+        layers=4,
+        width=96,
+        feed_forward=256,
+        heads=4,
+        key_value_heads=2,
+        head_size=24,
+        vocabulary=257,
+    ),
 }

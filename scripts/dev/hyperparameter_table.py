@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the table of hyperparameters into the README, between its two markers.
+"""Writes the tables of hyperparameters into the documents, each between two markers.
 
-    hyperparameter_table.py [--check] [FILE]
+    hyperparameter_table.py [--check] [FILE…]
 
-FILE is README.md unless given. With --check nothing is written: exit status 1 if it differs.
+Without FILEs, README.md and docs/llama31_8b.md. With --check nothing is written: exit status 1 if
+one differs.
 """
 
 import argparse
@@ -12,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from settings import hyperparameters
-from settings.hyperparameters import Field
-from workloads.resnet.fields import ResNetConfig
+from settings.hyperparameters import Config, Field
+from workloads.by_name import BENCHMARKS
 
-BEGIN, END = '<!-- hyperparameters -->', '<!-- /hyperparameters -->'
-README = Path(__file__).resolve().parents[2] / 'README.md'
+BEGIN, END = '<!-- hyperparameters of {} -->', '<!-- /hyperparameters -->'
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / 'README.md', ROOT / 'docs' / 'llama31_8b.md']
 
 
 def _row(entry: Field) -> str:
@@ -31,23 +33,27 @@ def _row(entry: Field) -> str:
     return '| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |'
 
 
-def table() -> str:
+def table(config_type: type[Config]) -> str:
     """The fields that decide what is computed, as a Markdown table, with their tuning rules."""
-    fields = hyperparameters.table(ResNetConfig).values()
+    fields = hyperparameters.table(config_type).values()
     rows = [_row(entry) for entry in fields if entry.group == 'benchmark']
     return '\n'.join(['| field | rule | log key | meaning |', '|---|---|---|---|', *rows])
 
 
 def updated(text: str) -> str:
-    """The text of a README with the table between its markers renewed.
+    """The text of a document with the table between its markers renewed.
 
     Raises:
-      ValueError: when it does not have the markers, once each and in order.
+      ValueError: when it does not have the markers of one benchmark, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f'it must have the line {BEGIN} and, after it, the line {END}, once each')
-    before, rest = text.split(BEGIN)
-    return f'{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}'
+    for name, (config_type, _) in BENCHMARKS.items():
+        begin = BEGIN.format(name)
+        if text.count(begin) == text.count(END) == 1 and text.index(begin) < text.index(END):
+            before, rest = text.split(begin)
+            return f'{before}{begin}\n{table(config_type)}\n{END}{rest.split(END)[1]}'
+    raise ValueError(
+        f'it must have the line {BEGIN.format("BENCHMARK")} and, after it, {END}, once each'
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -55,21 +61,23 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('file', nargs='?', type=Path, default=README)
+    parser.add_argument('files', nargs='*', type=Path, metavar='FILE')
     parser.add_argument('--check', action='store_true')
     flags = parser.parse_args(arguments)
-    try:
-        text = flags.file.read_text()
-        new = updated(text)
-    except (OSError, ValueError) as error:
-        print(f'error: {flags.file}: {error}', file=sys.stderr)
-        return 2
-    if flags.check:
-        if new != text:
-            print(f'{flags.file} differs from the table; renew it: python {Path(__file__)}')
-        return int(new != text)
-    flags.file.write_text(new)
-    return 0
+    differs = False
+    for file in flags.files or DOCUMENTS:
+        try:
+            text = file.read_text()
+            new = updated(text)
+        except (OSError, ValueError) as error:
+            print(f'error: {file}: {error}', file=sys.stderr)
+            return 2
+        if flags.check and new != text:
+            print(f'{file} differs from the table; renew it: python {Path(__file__)}')
+            differs = True
+        elif not flags.check:
+            file.write_text(new)
+    return int(differs)
 
 
 if __name__ == '__main__':

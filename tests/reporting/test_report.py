@@ -247,7 +247,8 @@ def test_readme_has_the_table_of_hyperparameters():
 
 
 def test_readme_that_differs_from_the_table_is_noticed(tmp_path, capsys):
-    markers = f'a\n{hyperparameter_table.BEGIN}\nold\n{hyperparameter_table.END}\nb\n'
+    begin = hyperparameter_table.BEGIN.format('resnet')
+    markers = f'a\n{begin}\nold\n{hyperparameter_table.END}\nb\n'
     readme = tmp_path / 'README.md'
     readme.write_text(markers)
     assert hyperparameter_table.main(['--check', str(readme)]) == 1

@@ -13,7 +13,7 @@ import pytest
 
 from run_files import banner, progress
 from run_files.line_file import SaveError
-from settings.plan import Course, Evaluation, Plan, Target
+from settings.plan import Course, Evaluation, Plan, Ruleset, Target
 from tests.harness import resolve
 
 
@@ -24,6 +24,7 @@ def plan(num_train, num_eval, batch, last: Evaluation):
         unit='epoch',
         examples_per_unit=num_train,
         examples='images',
+        ruleset=Ruleset('4.0.0'),
     )
     return Plan(course, num_train, num_eval, batch, batch, num_devices=1)
 

@@ -2,8 +2,37 @@
 """When a run is evaluated, and what ends it."""
 
 from settings.errors import ConfigError
-from settings.plan import Course, Evaluation, Target
+from settings.plan import Course, Evaluation, Ruleset, Target
 from workloads.llama31_8b.fields import LlamaConfig
+
+# By the names that the log has for them.
+PRECISIONS = {'float32': 'fp32', 'bfloat16': 'bfloat16', 'float16': 'fp16'}
+# The official rules of the open division have leftovers of another benchmark: they demand a loss
+# below 1 nat, and until 5.1.0 that evaluations be counted in epochs, which the closed one forbids.
+OPEN_BOUND = "v['value'] < 1.0"
+OPEN_COUNT = {'5.1.0': {"\"'epoch_num' in v['metadata']\"": "\"'samples_count' in v['metadata']\""}}
+
+
+def ruleset(config: LlamaConfig) -> Ruleset:
+    """The rules, and what a log must state under 6.1.0.
+
+    Every device has the whole network, and what devices send each other are sums of gradients.
+    """
+    precision = PRECISIONS[config.dtype]
+    facts = {
+        'lowest_numerical_precision_in_linear': precision,
+        'lowest_numerical_precision_in_attn': precision,
+        'lowest_numerical_precision_in_comm': 'fp32',
+        'tensor_parallelism': 1,
+        'pipeline_parallelism': 1,
+        'context_parallelism': 1,
+        'expert_parallelism': 1,
+        'micro_batch_size': config.micro_batch_size,
+        'config_filename': 'config.json',
+    }
+    changes = {OPEN_BOUND: f"v['value'] <= {config.target_loss!r}"}
+    changes |= OPEN_COUNT.get(config.ruleset, {})
+    return Ruleset(config.ruleset, facts, changes if config.division == 'open' else {})
 
 
 def create(config: LlamaConfig) -> Course:
@@ -34,4 +63,5 @@ def create(config: LlamaConfig) -> Course:
         unit='sequences',
         examples_per_unit=1,
         examples='sequences',
+        ruleset=ruleset(config),
     )

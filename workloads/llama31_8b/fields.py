@@ -6,6 +6,7 @@ import dataclasses
 from models.llama.architectures import ARCHITECTURES
 from settings.hyperparameters import Config, field
 from settings.rules import BOOLEAN, POSITIVE, Rule, division, one_of
+from workloads.llama31_8b.datasets import FILES
 
 LONGEST_SEQUENCE = 131_072  # Llama 3.1's own limit.
 PART_OF_A_SEQUENCE = 128  # The loss is computed by chunks of some of these.
@@ -39,7 +40,7 @@ class LlamaConfig(Config):
     # What is trained, on what.
     benchmark: str = field(one_of('llama31_8b'), 'The benchmark, by the name that MLPerf gives it.')
     model: str = field(one_of(*ARCHITECTURES), 'The network.')
-    dataset: str = field(one_of('c4'), 'The data set.')
+    dataset: str = field(one_of(*FILES), 'The data set.')
     sequence_length: int = field(
         Rule(
             f'a multiple of {PART_OF_A_SEQUENCE} and ≤ {LONGEST_SEQUENCE}',
@@ -125,6 +126,9 @@ class LlamaConfig(Config):
     target_loss: float = field(
         Rule('> 0', lambda value: value > 0),
         'Mean loss on the evaluated sequences, in nats a token, that ends the run.',
+    )
+    ruleset: str = field(
+        one_of('6.1.0', '6.0.0', '5.1.0'), 'Of MLPerf Training, that judges the log.', group='run'
     )
     division: str = field(
         division(CLOSED_DIVISION), 'MLPerf division.', log_key='submission_division', group='run'

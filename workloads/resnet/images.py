@@ -139,7 +139,7 @@ def check(config: ResNetConfig, dataset: Dataset) -> None:
         )
 
 
-def pipeline(dataset: Dataset, config: ResNetConfig, seed: int, share: Share) -> Pipeline:
+def pipeline(dataset: Dataset, config: ResNetConfig, seed: int | None, share: Share) -> Pipeline:
     """The batches of a run, for one process.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 from input_pipeline import Pipeline, Share
 from settings.errors import ConfigError
-from settings.plan import MOST_STEPS, Course, Evaluation, Plan, Target
+from settings.plan import MOST_STEPS, Course, Evaluation, Plan, Ruleset, Target
 from training.workload import Optimizer, Workload
 from workloads.resnet import advice, images, optimizers
 from workloads.resnet.fields import ResNetConfig, is_evaluated
@@ -17,7 +17,6 @@ from workloads.resnet.task import ImageClassification
 class ResNet:
     """Image classification by ResNet v1.5, judged by top-1 accuracy."""
 
-    ruleset = '4.0.0'
     head: tuple[str, ...] = ('params', 'fc')
 
     def data(self, config: ResNetConfig) -> Dataset:
@@ -61,6 +60,7 @@ class ResNet:
             unit='epoch',
             examples_per_unit=num_train,
             examples='images',
+            ruleset=Ruleset('4.0.0'),
         )
 
     def warnings(
@@ -69,7 +69,9 @@ class ResNet:
         """See the contract."""
         return advice.warnings(base, overrides, config)
 
-    def pipeline(self, config: ResNetConfig, dataset: Dataset, seed: int, share: Share) -> Pipeline:
+    def pipeline(
+        self, config: ResNetConfig, dataset: Dataset, seed: int | None, share: Share
+    ) -> Pipeline:
         """See the contract."""
         return images.pipeline(dataset, config, seed, share)
 

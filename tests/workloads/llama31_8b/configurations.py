@@ -37,8 +37,7 @@ CLOSED: dict[str, Any] = {
 
 def base() -> dict[str, Any]:
     """Values by name, as of a configuration file."""
-    shared = {n: v for n, v in common.base().items() if n in LlamaConfig.__dataclass_fields__}
-    return shared | CLOSED
+    return dict(common.llama()) | CLOSED
 
 
 def configure(**fields: Any) -> LlamaConfig:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from settings import hyperparameters
+from settings import hyperparameters, loading
 from settings.errors import ConfigError
 from tests.workloads.llama31_8b.configurations import configure
+from workloads import by_name
 
 LOG = Path(__file__).parents[2] / 'golden' / 'llama31_8b' / 'log' / 'pass_all_three.txt'
 
@@ -67,3 +68,12 @@ def test_what_breaks_a_rule_is_rejected(fields, said):
 def test_the_open_division_takes_other_sizes():
     config = configure(division='open', sequence_length=128, max_steps=600, decay_steps=584, seed=1)
     assert config.decay_steps == 584
+
+
+def test_the_committed_configurations_keep_the_rules():
+    benchmark = by_name.configure(loading.load('configs/llama31_8b.py'), {})
+    assert benchmark.division == 'closed'
+    # The official reference point for this batch.
+    assert (benchmark.global_batch_size, benchmark.learning_rate) == (32, 8e-4)
+    assert benchmark.warmup_steps * benchmark.global_batch_size == 4096
+    assert by_name.configure(loading.load('configs/speeches.py'), {}).division == 'open'

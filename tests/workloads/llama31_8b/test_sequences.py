@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of sequences: what is at a position does not depend on how it is reached."""
 
+import functools
 import pickle
 
 import numpy as np
@@ -28,7 +29,8 @@ def sources(file):
     train = training_order(file.lengths, LENGTH, 300, seed=8)
     evaluation = file_order(file.lengths, LENGTH, 10)
     return tuple(
-        Sequences(Samples(file, order, LENGTH), VOCABULARY) for order in (train, evaluation)
+        Sequences(functools.partial(Samples, file, order, LENGTH), len(order), VOCABULARY)
+        for order in (train, evaluation)
     )
 
 
@@ -70,6 +72,6 @@ def test_sources_are_copied_into_other_processes(sources):
 
 def test_a_token_of_another_vocabulary_is_an_error(file):
     order = file_order(file.lengths, LENGTH, 10)
-    source = Sequences(Samples(file, order, LENGTH), 290)
+    source = Sequences(lambda: Samples(file, order, LENGTH), 10, 290)
     with pytest.raises(DataError, match=r'some.bin has a token that is not in 0..289'):
         source.train(np.arange(10), 8)
