@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from models.llama import network
+from models.llama.architectures import Architecture
+from workloads.llama31_8b.fields import LONGEST_SEQUENCE
+
 IN_A_LAYER = {
     ('attention_norm', 'scale'): 'input_layernorm',
     ('query', 'kernel'): 'self_attn.q_proj',
@@ -22,6 +26,36 @@ IN_A_LAYER = {
     ('down', 'kernel'): 'mlp.down_proj',
 }
 EMBEDDING, NORM, HEAD = 'model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight'
+
+
+def config(architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """What config.json says of a network: all that `LlamaForCausalLM` must know."""
+    return {
+        'architectures': ['LlamaForCausalLM'],
+        'model_type': 'llama',
+        'torch_dtype': dtype,
+        'vocab_size': architecture.vocabulary,
+        'hidden_size': architecture.width,
+        'intermediate_size': architecture.feed_forward,
+        'num_hidden_layers': architecture.layers,
+        'num_attention_heads': architecture.heads,
+        'num_key_value_heads': architecture.key_value_heads,
+        'head_dim': architecture.head_size,
+        'hidden_act': 'silu',
+        'rms_norm_eps': network.NORM_EPSILON,
+        'rope_theta': architecture.rotary_base,
+        'rope_scaling': {
+            'rope_type': 'llama3',
+            'factor': network.FACTOR,
+            'low_freq_factor': network.LOWEST,
+            'high_freq_factor': network.HIGHEST,
+            'original_max_position_embeddings': architecture.original_length,
+        },
+        'max_position_embeddings': LONGEST_SEQUENCE,
+        'tie_word_embeddings': False,
+        'attention_bias': False,
+        'mlp_bias': False,
+    }
 
 
 def _name(layer: int, part: str) -> str:

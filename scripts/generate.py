@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continues a text with a checkpoint of Llama.
+
+    generate.py CHECKPOINT 'Fellow citizens' [--tokens=200] [--temperature=0.7] [--seed=0]
+        [--tokenizer=tokenizer.json]
+
+CHECKPOINT is WORKDIR/checkpoints/STEP, or a work directory, which stands for its newest. Without
+--tokenizer the bytes of the text are its tokens, as for configs/speeches.py; a tokenizer.json is
+read by the package `tokenizers`, which no lock has. For every token as many are computed anew as a
+training sequence has, which is slow for a large network. Exit status: 0, or 2 for what cannot be
+used.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.llama import network
+from models.llama.architectures import ARCHITECTURES, Architecture
+from scripts.fingerprint import newest
+from settings.errors import REJECTED, CheckpointError
+from training import checkpointing
+
+END_OF_DOCUMENT = 256  # Of the speeches.
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """The tokens of a text."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens."""
+        ...
+
+
+class Bytes:
+    """Every byte of a text is a token, and `END_OF_DOCUMENT` ends one."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """See `Tokenizer`."""
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See `Tokenizer`; what is no UTF-8 is replaced."""
+        return bytes(t for t in tokens if t < END_OF_DOCUMENT).decode(errors='replace')
+
+
+class File:
+    """A tokenizer.json."""
+
+    def __init__(self, path: Path):
+        try:
+            from tokenizers import Tokenizer as Read
+        except ImportError as error:
+            raise ValueError('--tokenizer needs a package: pip install tokenizers') from error
+        self._tokenizer = Read.from_str(path.read_text())
+
+    def encode(self, text: str) -> Sequence[int]:
+        """See `Tokenizer`."""
+        tokens: Sequence[int] = self._tokenizer.encode(text).ids
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        text: str = self._tokenizer.decode(list(tokens))
+        return text
+
+
+@functools.partial(jax.jit, static_argnames='architecture')
+def _next(
+    params: Any,
+    window: jax.Array,
+    count: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+    architecture: Architecture,
+) -> jax.Array:
+    """A token drawn after the first `count` of a window; the likeliest at temperature 0."""
+    x = network.activations(params, window[None], architecture, jnp.dtype('float32'))
+    scores = network.logits(x[0, count - 1], params['head'])
+    drawn = jax.random.categorical(key, scores / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, drawn, scores.argmax())
+
+
+def continuation(
+    params: Any,
+    architecture: Architecture,
+    tokens: Sequence[int],
+    *,
+    count: int,
+    length: int,
+    temperature: float,
+    seed: int,
+) -> list[int]:
+    """So many tokens that follow some, each from the last `length` before it."""
+    text, window = list(tokens), np.zeros(length, np.int32)  # One shape, and so one program.
+    for place in range(len(text), len(text) + count):
+        last = text[-length:]
+        window[: len(last)] = last
+        key = jax.random.fold_in(jax.random.key(seed), place)
+        text.append(int(_next(params, window, len(last), key, temperature, architecture)))
+    return text[len(tokens) :]
+
+
+def main(arguments: list[str]) -> int:
+    """The program; its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT')
+    parser.add_argument('text', metavar='TEXT')
+    parser.add_argument('--tokens', type=int, default=200)
+    parser.add_argument('--temperature', type=float, default=0.7)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--tokenizer', type=Path, metavar='FILE')
+    flags = parser.parse_args(arguments)
+    try:
+        path = newest(flags.checkpoint)
+        tree, record = checkpointing.read(path)
+        config: dict[str, Any] = record.get('config') or {}
+        name, length = config.get('model'), int(config.get('sequence_length', 0))
+        if name not in ARCHITECTURES:
+            raise CheckpointError(f'{path} is no checkpoint of Llama: its model is {name!r:.100}')
+        architecture = ARCHITECTURES[name]
+        tokenizer: Tokenizer = File(flags.tokenizer) if flags.tokenizer else Bytes()
+        tokens = tokenizer.encode(flags.text)
+        if not tokens or max(tokens) >= architecture.vocabulary or flags.tokens < 1:
+            raise ValueError(
+                f'the text must have a token, all below {architecture.vocabulary}, and --tokens '
+                'be above 0'
+            )
+    except (ValueError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return REJECTED
+    params = tree['variables']['params']
+    new = continuation(
+        params,
+        architecture,
+        tokens,
+        count=flags.tokens,
+        length=length,
+        temperature=flags.temperature,
+        seed=flags.seed,
+    )
+    print(flags.text + tokenizer.decode(new))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
