@@ -20,7 +20,12 @@ from settings.hyperparameters import Config
 from settings.plan import Plan, make_plan
 from workloads import by_name
 
-EXAMPLES = {'digits': (1437, 360), 'cifar10': (50000, 10000), 'imagenet2012': (1281167, 50000)}
+EXAMPLES = {
+    'digits': (1437, 360),
+    'cifar10': (50000, 10000),
+    'imagenet2012': (1281167, 50000),
+    'c4': (1_500_000, 1024),
+}
 COMMIT = 'c0ffee' * 6 + 'beef'
 _seeds: Iterator[int] = itertools.count(1)
 
