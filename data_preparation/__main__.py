@@ -42,8 +42,8 @@ OPTIONS: dict[str, dict] = {
                        'help': 'the folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar '
                                '(default: DIR/downloads/manual); ImageNet requires registration, '
                                'see docs/data.md'},
-    '--url': {'help': 'download missing archives from this folder, with the name and password in '
-                      'IMAGENET_USER and IMAGENET_PASSWORD if the server asks for them'},
+    '--url': {'help': 'download missing files from this folder; for ImageNet with the name and '
+                      'password in IMAGENET_USER and IMAGENET_PASSWORD if the server asks'},
     '--sources': {'metavar': 'FILE', 'type': absolute,
                   'help': 'JSON with sizes and checksums of other archives of this structure'},
     '--full': {'action': 'store_true', 'help': 'decode every image, not only its header'},
@@ -79,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     _add_options(add('digits', help='the digits that scikit-learn carries'))
     _add_options(add('cifar10', help='CIFAR-10'), '--from')
     _add_options(add('speeches', help='messages of presidents to Congress, as bytes'))
+    _add_options(add('c4', help='C4 as tokens of Llama 3.1, as MLCommons publishes it'), '--url')
     imagenet = add('imagenet2012', aliases=['imagenet'], help='ILSVRC2012')
     _add_options(imagenet, '--archives_dir', '--url', '--sources', '--workers')
 
@@ -101,6 +102,8 @@ def run(arguments: argparse.Namespace) -> str:
             return token_data.verify(name, data_dir)
         full, workers = arguments.full, arguments.workers
         return verify(name, data_dir, full=full, manifest_file=arguments.manifest, workers=workers)
+    if name == 'c4':
+        return f'prepared: {token_data.prepare_c4(data_dir, arguments.url)}'
     if name == 'speeches':
         return f'prepared: {token_data.prepare_speeches(data_dir)}'
     if name == 'digits':

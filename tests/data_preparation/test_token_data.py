@@ -8,6 +8,7 @@ import pytest
 
 from data_preparation import token_data
 from settings.errors import DatasetError
+from tests.range_server import RangeServer
 from workloads.llama31_8b.datasets import CHECKSUMS, FILES
 from workloads.llama31_8b.token_files import TokenFile, write
 
@@ -111,3 +112,35 @@ def test_checksums_are_of_the_files(prepared):
     recorded = json.loads((prepared / CHECKSUMS).read_text())
     assert list(recorded) == ['train.bin', 'train.idx', 'validation.bin', 'validation.idx']
     assert all(len(file['sha256']) == 64 for file in recorded.values())
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Small files under the names of C4's, by name."""
+    rng = np.random.default_rng(4)
+    for name in FILES['c4']:
+        write(tmp_path / name, [rng.integers(0, 128_256, 9000) for _ in range(50)], 128_256)
+    return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_c4_is_fetched_resumed_and_verified(tmp_path, published, monkeypatch):
+    monkeypatch.setattr(token_data.archives.time, 'sleep', lambda _: None)
+    with RangeServer(published, [500_000, 100]) as server:
+        folder = token_data.prepare_c4(tmp_path / 'data', f'{server.url}/files/')
+    assert len(server.requests) == 4 + 2
+    assert {name: (folder / name).read_bytes() for name in published} == published
+    assert '4 files' in token_data.verify('c4', tmp_path / 'data')
+    # All is there, so that nothing is asked for.
+    assert token_data.prepare_c4(tmp_path / 'data', None) == folder
+
+
+def test_c4_that_is_not_whole_is_named(tmp_path, published):
+    with pytest.raises(DatasetError, match=r'lacks c4-train.en_6_text_document.bin, .*--url'):
+        token_data.prepare_c4(tmp_path / 'data', None)
+    folder = tmp_path / 'data' / 'c4'
+    folder.mkdir(parents=True)
+    for name, content in published.items():
+        (folder / name).write_bytes(content[:-4])
+    with pytest.raises(DatasetError, match=r'train.en_6_text_document.idx cannot be used'):
+        token_data.prepare_c4(tmp_path / 'data', None)
+    assert not (folder / CHECKSUMS).exists()
