@@ -5,7 +5,7 @@
 # beside PyTorch, the loop against the bare step, the time to the first step, a profile.
 #
 # Usage: speed/gpu_session.sh [PART...]
-#   PART  fp32, digits, same, main, grid, first, profile (default: all, in this order; same trains the digits
+#   PART  fp32, digits, same, main, grid, llama, first, profile (default: all, in this order; same trains the digits
 #         twice and once interrupted, and on several GPUs if there are, and compares the fingerprints; main is
 #         the comparison at batch 256, with and without exact sums, grid the other batches, float16 and
 #         accumulation)
@@ -111,6 +111,16 @@ for name in "${@:-all}"; do
         part grid-accumulation "${step[@]}" "${peer[@]}" --dtypes=bfloat16,float32 --batches=256 --accumulation=4 \
             --rounds=3 --steps=5 "${small[@]}"
         part grid-any-order "${step[@]}" --dtypes=float32,bfloat16 --batches=256 --rounds=3 --any_order "${small[@]}"
+    fi
+    if wants llama; then
+        llama=("$PYTHON" speed/llama_step.py --rounds=3)
+        [[ ${#peer[@]} == 0 ]] || llama+=("${peer[@]}" --peer_compile=default)
+        if [[ -n "${REHEARSAL:-}" ]]; then
+            part llama "${llama[@]}" --steps=2 --rounds=1 --peer_compile=none
+        else
+            part llama "${llama[@]}" --model=llama_1b --length=2048 --batch=2 --accumulation=4 --dtype=bfloat16
+            part llama-bytes "${llama[@]}" --batch=16 --accumulation=1
+        fi
     fi
     if wants first; then part first "$PYTHON" speed/first_step.py configs/digits.py; fi
     if wants profile; then

@@ -40,6 +40,16 @@ ARCHITECTURES = {
         head_size=128,
         vocabulary=128_256,
     ),
+    # As large as Llama 3.2 1B, for measurements on one GPU.
+    'llama_1b': Architecture(
+        layers=16,
+        width=2048,
+        feed_forward=8192,
+        heads=32,
+        key_value_heads=8,
+        head_size=64,
+        vocabulary=128_256,
+    ),
     # For text as bytes; token 256 ends a document.
     'llama_bytes': Architecture(
         layers=4,

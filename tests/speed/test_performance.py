@@ -261,6 +261,18 @@ def test_train_step_benchmark_runs(tmp_path, digits_dir):
 
 
 @pytest.mark.slow
+def test_llama_step_benchmark_runs():
+    peer = ()
+    if importlib.util.find_spec('transformers'):
+        peer = (f'--peer_python={sys.executable}',)
+    done = run('speed/llama_step.py', '--rounds=1', '--steps=1', '--accumulation=2', *peer)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith('| ours | ')]
+    assert not peer or lines[-1].startswith('| best | ')
+
+
+@pytest.mark.slow
 def test_fp32_check_runs():
     done = run('speed/fp32_check.py', '--batch=2', '--image_size=32')
     assert done.returncode == 0, done.stdout + done.stderr
