@@ -79,6 +79,7 @@ def _kept_order(prefix: Path, length: int, count: int, seed: int) -> Path:
         folder.parent.mkdir(exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
+            temporary.chmod(0o755)  # Others may train on the same data.
             samples.training_order(lengths, length, count, seed).save(temporary)
             temporary.rename(folder)
         except OSError:
