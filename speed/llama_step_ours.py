@@ -40,8 +40,7 @@ def contestant(case: dict[str, Any]) -> tuple[dict[str, Any], contestants.Comman
         'eval_samples': 1,
         'seed': 1,
     }
-    texts = {name: str(value) for name, value in fields.items()}
-    config = by_name.configure(loading.load('configs/speeches.py'), texts)
+    config = by_name.configure(dict(loading.load('configs/speeches.py')) | fields, {})
     nowhere = Corpus('speeches', Path(), Path(), num_train=10**6, num_eval=1, digest=None)
     plan = plan_of(WORKLOAD, config, nowhere, devices)
     model, mesh = model_of(WORKLOAD, config, plan, nowhere), compilation.make_mesh()
