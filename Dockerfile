@@ -31,7 +31,8 @@ LABEL org.opencontainers.image.title="ResNet-50 in JAX, an MLPerf Training refer
 RUN useradd --create-home --uid 1000 mlperf
 WORKDIR /benchmark
 
-# LOCK=cpu: without the CUDA wheels. LOCK=cuda13: with those of CUDA 13. It stays set, so that scripts/setup_env.sh recognises this environment.
+# LOCK=cpu: without the CUDA wheels. LOCK=cuda13: with those of CUDA 13. It stays set, so that
+# scripts/setup_env.sh recognises this environment.
 ARG LOCK=gpu
 ENV LOCK=$LOCK
 COPY requirements*.txt ./

@@ -162,10 +162,11 @@ def verify(name: str, data_dir: Path) -> str:
     remedy = f'delete {folder}, and run scripts/download_dataset.sh {name} {data_dir}'
     try:
         expected = json.loads(recorded.read_text())
-        assert all(re.fullmatch('[0-9a-f]{64}', file['sha256']) for file in expected.values())
+        if not all(re.fullmatch('[0-9a-f]{64}', file['sha256']) for file in expected.values()):
+            raise ValueError('no SHA-256')
     except OSError as error:
         raise DatasetError(f'{recorded} cannot be read ({error.strerror}); {remedy}') from error
-    except (ValueError, AssertionError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DatasetError(f'{recorded} is damaged; {remedy}') from error
     found, errors = checksums(folder, names), []
     for path in _files(folder, names):

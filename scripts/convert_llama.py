@@ -42,13 +42,14 @@ def to_hugging_face(checkpoint: Path, out: Path, dtype: str) -> str:
       CheckpointError: it is not one of Llama.
     """
     tree, record = checkpointing.read(checkpoint)
-    config = record.get('config')
-    name = config.get('model') if isinstance(config, Mapping) else None
-    if name not in ARCHITECTURES:
-        raise CheckpointError(f'{checkpoint} is no checkpoint of Llama: its model is {name!r:.100}')
+    params = tree['variables']['params']
+    try:
+        name = hugging_face.identify(params)
+    except CheckpointError as error:
+        raise CheckpointError(f'{checkpoint}: {error}') from error
     described = hugging_face.config(ARCHITECTURES[name], dtype)
-    described[OURS] = {'model': name, 'step': int(tree['step']), 'config': config}
-    weights = hugging_face.exported(tree['variables']['params'])
+    described[OURS] = {'step': int(tree['step']), 'config': record.get('config')}
+    weights = hugging_face.exported(params)
     with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as folder:
         partial = Path(folder) / out.name
         partial.mkdir()
@@ -103,7 +104,7 @@ def _read(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
                 yield name, np.asarray(file.get_tensor(name).astype(jnp.float32))
 
 
-def architecture_of(described: Mapping[str, Any]) -> tuple[str, Architecture]:
+def architecture_of(described: Mapping[str, Any]) -> Architecture:
     """The network that a config.json describes.
 
     Raises:
@@ -114,11 +115,11 @@ def architecture_of(described: Mapping[str, Any]) -> tuple[str, Architecture]:
     if 'rope_parameters' in known:  # As transformers writes them from version 5 on.
         known['rope_scaling'] = dict(known['rope_parameters'])
         known['rope_theta'] = known['rope_scaling'].pop('rope_theta')
-    for name, architecture in ARCHITECTURES.items():
+    for architecture in ARCHITECTURES.values():
         ours = hugging_face.config(architecture, 'float32')
         names = [n for n in ours if n not in ('torch_dtype', 'architectures')]
         if all(known.get(n) == ours[n] for n in names):
-            return name, architecture
+            return architecture
     raise CheckpointError(
         f'its config.json describes none of the networks {", ".join(ARCHITECTURES)}'
     )
@@ -132,23 +133,27 @@ def from_hugging_face(folder: Path, out: Path) -> str:
     """
     try:
         described = json.loads((folder / 'config.json').read_text())
-        name, architecture = architecture_of(described)
+        architecture = architecture_of(described)
         weights = dict(_read(folder))
         params = hugging_face.imported(weights, architecture.layers)
+        name = hugging_face.identify(params)
+        trained = described.get(OURS) or {'step': 0, 'config': None}
+        step, config = np.int32(trained['step']), trained['config']
     except KeyError as error:
         raise CheckpointError(f'{folder} lacks {error}') from error
     except CheckpointError as error:
         raise CheckpointError(f'{folder}: {error}') from error
-    except (ValueError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+    except (
+        ValueError, TypeError, AttributeError, ArithmeticError, safetensors.SafetensorError
+    ) as error:  # fmt: skip
         raise CheckpointError(f'{folder} is damaged: {checkpointing.first_line(error)}') from error
     wild = [n for n, array in weights.items() if not np.isfinite(array).all()]
     if wild:
         raise CheckpointError(f'{folder}: {wild[0]} is not finite')
-    trained = described.get(OURS) or {'step': 0, 'config': None}
-    tree = {'variables': {'params': params}, 'step': np.int32(trained['step'])}
-    record = {'step': trained['step'], 'config': trained['config']}
-    checkpointing.write(out, tree, record | {'source': {'folder': folder.name}})
-    return f'{out}: {name}, after {trained["step"]} steps'
+    tree = {'variables': {'params': params}, 'step': step}
+    record = {'step': int(step), 'config': config, 'source': {'folder': folder.name}}
+    checkpointing.write(out, tree, record)
+    return f'{out}: {name}, after {step} steps'
 
 
 def main(arguments: list[str]) -> int:

@@ -28,8 +28,9 @@ import numpy as np
 from models.llama import network
 from models.llama.architectures import ARCHITECTURES, Architecture
 from scripts.fingerprint import newest
-from settings.errors import REJECTED, CheckpointError
+from settings.errors import REJECTED
 from training import checkpointing
+from workloads.llama31_8b import hugging_face
 
 END_OF_DOCUMENT = 256  # Of the speeches.
 
@@ -130,11 +131,10 @@ def main(arguments: list[str]) -> int:
     try:
         path = newest(flags.checkpoint)
         tree, record = checkpointing.read(path)
+        params = tree['variables']['params']
+        architecture = ARCHITECTURES[hugging_face.identify(params)]
         config: dict[str, Any] = record.get('config') or {}
-        name, length = config.get('model'), int(config.get('sequence_length', 0))
-        if name not in ARCHITECTURES:
-            raise CheckpointError(f'{path} is no checkpoint of Llama: its model is {name!r:.100}')
-        architecture = ARCHITECTURES[name]
+        length = config.get('sequence_length', architecture.original_length)
         tokenizer: Tokenizer = File(flags.tokenizer) if flags.tokenizer else Bytes()
         tokens = tokenizer.encode(flags.text)
         if not tokens or max(tokens) >= architecture.vocabulary or flags.tokens < 1:
@@ -145,7 +145,6 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return REJECTED
-    params = tree['variables']['params']
     new = continuation(
         params,
         architecture,

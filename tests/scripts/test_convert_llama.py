@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from models.llama import network
 from models.llama.architectures import ARCHITECTURES
@@ -86,6 +87,18 @@ def other_width(folder):
     path.write_text(path.read_text().replace('"hidden_size": 96', '"hidden_size": 97'))
 
 
+def other_shape(folder):
+    *_, path = sorted(folder.glob('*.safetensors'))
+    weights = safetensors.numpy.load_file(path)
+    weights['lm_head.weight'] = weights['lm_head.weight'][:-1]
+    safetensors.numpy.save_file(weights, path)
+
+
+def no_step(folder):
+    path = folder / 'config.json'
+    path.write_text(path.read_text().replace('"step": 7', '"step": "seven"'))
+
+
 def remove_a_file(folder):
     next(folder.glob('*.safetensors')).unlink()
 
@@ -99,6 +112,8 @@ def cut_a_file(folder):
     ('damage', 'said'),
     [
         (other_width, 'describes none of the networks'),
+        (other_shape, 'other names or shapes'),
+        (no_step, 'is damaged'),
         (remove_a_file, 'safetensors'),
         (cut_a_file, 'is damaged'),
         (lambda folder: (folder / 'config.json').write_text('{'), 'is damaged'),
@@ -117,8 +132,19 @@ def test_a_checkpoint_of_another_benchmark_is_rejected(tmp_path, capsys):
     tree = {'variables': {'params': {'x': np.zeros(2, np.float32)}}, 'step': np.int32(1)}
     checkpointing.write(tmp_path / '1', tree, {'step': 1, 'config': {'model': 'resnet50'}})
     assert convert_llama.main(['to-hugging-face', str(tmp_path / '1'), str(tmp_path / 'hf')]) == 2
-    assert "its model is 'resnet50'" in capsys.readouterr().err
+    assert 'none of the networks llama31_8b' in capsys.readouterr().err
     assert generate.main([str(tmp_path / '1'), 'x']) == 2
+
+
+def test_weights_of_others_are_exported_and_continued_too(exported, tmp_path, capsys):
+    path = exported / 'config.json'
+    described = json.loads(path.read_text())
+    del described['trained_by']
+    path.write_text(json.dumps(described))
+    assert imported(exported)[1]['config'] is None
+    back = str(tmp_path / 'back')
+    assert convert_llama.main(['to-hugging-face', back, str(tmp_path / 'again')]) == 0
+    assert generate.main([back, 'x', '--tokens=1']) == 0
 
 
 def test_a_text_is_continued(checkpoint, capsys):

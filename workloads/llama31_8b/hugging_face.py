@@ -5,13 +5,16 @@ Theirs hold linear maps as (out, in), ours as (in, out). Heads and their rotary 
 2) are laid out alike.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from models.llama import network
-from models.llama.architectures import Architecture
+from models.llama.architectures import ARCHITECTURES, Architecture
+from settings.errors import CheckpointError
 from workloads.llama31_8b.fields import LONGEST_SEQUENCE
 
 IN_A_LAYER = {
@@ -26,6 +29,23 @@ IN_A_LAYER = {
     ('down', 'kernel'): 'mlp.down_proj',
 }
 EMBEDDING, NORM, HEAD = 'model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight'
+
+
+def identify(params: Any) -> str:
+    """The name of the network that these weights are of, by their names and shapes.
+
+    Raises:
+      CheckpointError: they are of none that is known.
+    """
+    found = jax.tree.map(np.shape, params)
+    for name, architecture in ARCHITECTURES.items():
+        init = functools.partial(network.init, architecture=architecture)
+        expected = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+        if jax.tree.map(np.shape, expected) == found:
+            return name
+    raise CheckpointError(
+        f'it is none of the networks {", ".join(ARCHITECTURES)}: other names or shapes of weights'
+    )
 
 
 def config(architecture: Architecture, dtype: str) -> dict[str, Any]:
