@@ -52,6 +52,7 @@ def test_shards_are_named_by_the_index(exported):
     files = sorted(path.name for path in exported.glob('*.safetensors'))
     assert sorted(set(index['weight_map'].values())) == files
     assert files[0].endswith(f'-of-{len(files):05}.safetensors')
+    assert (len(files) > 1) == (convert_llama.SHARD_BYTES < 10**6)
     assert index['metadata']['total_size'] == 4 * 455_712
 
 
