@@ -11,13 +11,16 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping
+import types
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+NOT_SPLIT: Mapping[str, int] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,16 +124,32 @@ def psum(tree: Any, formats: Any, axis: str) -> tuple[Any, jax.Array, jax.Array]
     )
 
 
-def psum_scatter(
-    x: jax.Array, form: FixedPoint, axis: str, dimension: int = 0
-) -> tuple[jax.Array, jax.Array]:
-    """Adds up an array over a mesh's axis; every device receives its part along `dimension`.
+class Sum(NamedTuple):
+    """A sum over a mesh's axis, of which a device holds a part.
 
-    Returns:
-      (sums, rejected): as `psum`; `rejected` is a scalar, the same on all devices.
+    Attributes:
+      total: int64, along one axis a part.
+      word: a `_word` of this device's addend, int64; an array of them for sums that were stacked.
     """
-    sums = lax.psum_scatter(form.encode(x), axis, scatter_dimension=dimension, tiled=True)
-    return sums, form.rejected(_largest(lax.pmax(_word(x), axis)))
+
+    total: jax.Array
+    word: jax.Array
+
+
+def psum_scatter(x: jax.Array, form: FixedPoint, axis: str, dimension: int = 0) -> Sum:
+    """Adds up an array over a mesh's axis; every device receives its part along `dimension`."""
+    parts = lax.psum_scatter(form.encode(x), axis, scatter_dimension=dimension, tiled=True)
+    return Sum(parts, _word(x))
+
+
+@jax.enable_x64(True)
+def largest_addends(tree: Any, axis: str) -> Any:
+    """Of nested dicts of `Sum`, the largest addend of each on all devices."""
+    sums, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Sum))
+    if not sums:
+        return tree
+    words = lax.pmax(jnp.stack([jnp.max(x.word) for x in sums]), axis)
+    return jax.tree.unflatten(structure, [_largest(word) for word in words])
 
 
 @jax.enable_x64(True)
@@ -145,7 +164,7 @@ def largest(x: jax.Array) -> Largest:
 
 
 @jax.enable_x64(True)
-def norm(tree: Any, axis: str | None = None) -> jax.Array:
+def norm(tree: Any, axis: str | None = None, split: Collection[str] = ()) -> jax.Array:
     """The Euclidean norm of all arrays together, whatever the order of their elements.
 
     Elements are divided by a power of two no smaller than the largest, so that squares are at most
@@ -155,26 +174,26 @@ def norm(tree: Any, axis: str | None = None) -> jax.Array:
 
     Args:
       tree: fp32 arrays, with an element at least.
-      axis: of the mesh over which every array is split, if any.
+      axis: of the mesh over which some arrays are split, if any are.
+      split: their names, as `named` gives them.
 
     Returns:
       fp32 scalar; NaN if an element is, infinite if one is not below 2^126 in magnitude.
     """
-    leaves = jax.tree.leaves(tree)
-    most = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in leaves]))
+    leaves = named(tree)
+    most = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for _, x in leaves]))
     if axis:
         most = lax.pmax(most, axis)
     # Powers of two by their bits, for `jnp.ldexp` computes them in floating point.
     exponent = jnp.clip(lax.bitcast_convert_type(most, jnp.int32) >> 23, 1, 252)
     scale = lax.bitcast_convert_type((exponent + 1) << 23, jnp.float32)
     inverse = lax.bitcast_convert_type((253 - exponent) << 23, jnp.float32)
-    upper, lower = jnp.int64(0), jnp.int64(0)
-    for x in leaves:
+    halves = {False: jnp.zeros(2, jnp.int64), True: jnp.zeros(2, jnp.int64)}
+    for name, x in leaves:
         fixed = jnp.round(jnp.square(x * inverse) * 2.0**58).astype(jnp.int64)
-        upper += jnp.sum(fixed >> 29, dtype=jnp.int64)
-        lower += jnp.sum(fixed & (2**29 - 1), dtype=jnp.int64)
-    if axis:
-        upper, lower = lax.psum((upper, lower), axis)
+        halves[name in split] += jnp.stack([total(fixed >> 29), total(fixed & (2**29 - 1))])
+    of_parts = lax.psum(halves[True], axis) if axis else halves[True]
+    upper, lower = halves[False] + of_parts
     upper, lower = upper + (lower >> 29), lower & (2**29 - 1)
     squares = upper.astype(jnp.float32) * 2.0**-29 + lower.astype(jnp.float32) * 2.0**-58
     return jnp.where(most < 2.0**126, jnp.sqrt(squares) * scale, most + jnp.inf)
@@ -182,8 +201,8 @@ def norm(tree: Any, axis: str | None = None) -> jax.Array:
 
 def named(tree: Any) -> list[tuple[str, Any]]:
     """The arrays of nested dicts, in the order of a flattened tree, with the path as their name."""
-    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [('/'.join(str(key.key) for key in path), leaf) for path, leaf in pairs]
+    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Sum))[0]
+    return [(jax.tree_util.keystr(p, simple=True, separator='/'), leaf) for p, leaf in pairs]
 
 
 def _mixed(x: Any) -> Any:
@@ -196,19 +215,46 @@ def _mixed(x: Any) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-def _first_place(tree: Any) -> np.uint64:
+def _first_place(described: list[str]) -> np.uint64:
     """Where the places of a tree's elements begin: a hash of all names, dtypes and shapes."""
-    described = [f'{name} {x.dtype} {list(x.shape)}' for name, x in named(tree)]
     digest = hashlib.blake2b('\n'.join(described).encode(), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, 'little'))
+
+
+def _described(name: str, x: Any, shape: Sequence[int]) -> str:
+    return f'{name} {x.dtype} {list(shape)}'
 
 
 def _unsigned(array: Any) -> np.dtype:
     return np.dtype(f'uint{8 * array.dtype.itemsize}')
 
 
+def _whole_shape(part: Any, dimension: int | None, parts: int) -> list[int]:
+    """The shape of an array that is split into so many parts along a dimension, if it is."""
+    return [n * parts if d == dimension else n for d, n in enumerate(part.shape)]
+
+
+def _places(
+    part: Sequence[int], whole: Sequence[int], dimension: int, index: jax.Array | int
+) -> jax.Array:
+    """Where the elements of the part of this index are in the whole array, uint64."""
+    places = jnp.zeros(part, np.uint64)
+    for d in range(len(part)):
+        start = jnp.uint64(index) * np.uint64(part[d]) if d == dimension else np.uint64(0)
+        stride = np.uint64(math.prod(whole[d + 1 :]))
+        places += (lax.broadcasted_iota(np.uint64, part, d) + start) * stride
+    return places
+
+
+def _words(bits: jax.Array, places: jax.Array) -> jax.Array:
+    """The sum of a word for every element, of its bits and its place."""
+    return jnp.sum(_mixed(_mixed(places) ^ bits.astype(np.uint64)), dtype=np.uint64)
+
+
 @jax.enable_x64(True)
-def fingerprint(tree: Mapping[str, Any]) -> jax.Array:
+def fingerprint(
+    tree: Mapping[str, Any], axis: str | None = None, split: Mapping[str, int] = NOT_SPLIT
+) -> jax.Array:
     """64 bits that tell nested dicts of arrays from others, as a uint64 (see `shown`).
 
     The sum, modulo 2^64, of a word for every element, of its place and its bits. So it does not
@@ -216,17 +262,30 @@ def fingerprint(tree: Mapping[str, Any]) -> jax.Array:
 
     Args:
       tree: arrays whose elements have at most 32 bits.
+      axis: of the mesh over which some arrays are split, if any are.
+      split: their names, as `named` gives them, and along which dimension each is.
     """
-    parts = [lax.bitcast_convert_type(x, _unsigned(x)).ravel() for x in jax.tree.leaves(tree)]
+    parts, index = (lax.axis_size(axis), lax.axis_index(axis)) if axis else (1, 0)
+    shapes = {name: _whole_shape(x, split.get(name), parts) for name, x in named(tree)}
+    first = _first_place([_described(name, x, shapes[name]) for name, x in named(tree)])
+    bits, places, found = [], [], jnp.uint64(0)
+    for name, x in named(tree):
+        shape, dimension = shapes[name], split.get(name)
+        mine = lax.bitcast_convert_type(x, _unsigned(x))
+        if dimension is None:
+            bits.append(mine.ravel().astype(np.uint32))
+            places.append(jnp.arange(x.size, dtype=np.uint64) + first)
+        else:
+            found += _words(mine, _places(x.shape, shape, dimension, index) + first)
+        first += np.uint64(math.prod(shape))
     # One vector, for a program of hundreds of sums takes many seconds to compile.
-    bits = jnp.concatenate([part.astype(np.uint32) for part in parts]).astype(np.uint64)
-    places = jnp.arange(bits.size, dtype=np.uint64) + _first_place(tree)
-    return jnp.sum(_mixed(_mixed(places) ^ bits))
+    whole = _words(jnp.concatenate(bits), jnp.concatenate(places))
+    return lax.psum(found + jnp.where(index == 0, whole, 0), axis) if axis else found + whole
 
 
 def fingerprint_on_host(tree: Mapping[str, Any]) -> int:
     """The same of NumPy arrays."""
-    total, first = 0, _first_place(tree)
+    total, first = 0, _first_place([_described(name, x, x.shape) for name, x in named(tree)])
     with np.errstate(over='ignore'):
         for x in map(np.asarray, jax.tree.leaves(tree)):
             places = np.arange(x.size, dtype=np.uint64) + first

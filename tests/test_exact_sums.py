@@ -64,8 +64,10 @@ def test_sums_over_devices_are_those_of_one(addends, devices):
 
     def add(x):
         sums, rejected, _ = exact_sums.psum({'x': x}, {'x': FORM}, AXIS)
-        scattered, also = exact_sums.psum_scatter(x, FORM, AXIS, dimension=1)
-        return exact_sums.total(sums['x'][:, 0]), sums['x'], scattered, rejected, also
+        scattered = exact_sums.psum_scatter(x, FORM, AXIS, dimension=1)
+        largest = exact_sums.largest_addends({'x': scattered}, AXIS)['x']
+        also = FORM.rejected(largest)
+        return exact_sums.total(sums['x'][:, 0]), sums['x'], scattered.total, rejected, also
 
     spread = PartitionSpec(AXIS)
     program = jax.shard_map(
@@ -126,13 +128,14 @@ def test_a_norm_is_the_same_in_any_order_and_on_any_devices(vector):
     assert {norm(rng.permutation(vector)).item() for _ in range(5)} == {expected}
     for devices in (1, 2, 4, 8):
         program = jax.shard_map(
-            lambda x: exact_sums.norm({'a': x.reshape(-1, 100)}, AXIS),
+            lambda x, whole: exact_sums.norm({'a': x.reshape(-1, 100), 'b': whole}, AXIS, {'a'}),
             mesh=mesh_of(devices),
-            in_specs=PartitionSpec(AXIS),
+            in_specs=(PartitionSpec(AXIS), PartitionSpec()),
             out_specs=PartitionSpec(),
             check_vma=False,
         )
-        assert jax.jit(program)(rng.permutation(vector)).item() == expected
+        shuffled = rng.permutation(vector)
+        assert jax.jit(program)(shuffled[:72_000], shuffled[72_000:]).item() == expected
 
 
 @pytest.mark.parametrize('scale', [1e-35, 1e-20, 1.0, 1e20, 1e35])
@@ -153,3 +156,49 @@ def test_norms_at_the_edges(elements, expected):
 
 def test_a_norm_with_a_nan_is_one():
     assert math.isnan(float(exact_sums.norm([jnp.array([1.0, math.nan]), jnp.array([2.0])])))
+
+
+@pytest.mark.parametrize('devices', [1, 2, 8])
+def test_an_addend_that_cannot_be_added_up_is_found_where_sums_are_scattered(addends, devices):
+    spoilt = addends.copy()
+    spoilt[29, 7] = math.nan
+
+    def found(x):
+        sums = {'bad': exact_sums.psum_scatter(x, FORM, AXIS, 1)}
+        sums['good'] = exact_sums.psum_scatter(jnp.ones_like(x), FORM, AXIS, 1)
+        return exact_sums.largest_addends(sums, AXIS)
+
+    program = jax.shard_map(
+        found, mesh=mesh_of(devices), in_specs=PartitionSpec(AXIS), out_specs=PartitionSpec(),
+        check_vma=False,
+    )  # fmt: skip
+    largest = jax.device_get(jax.jit(program)(spoilt))
+    assert int(FORM.rejected(largest['bad'])) > 0
+    assert int(FORM.rejected(largest['good'])) == 0
+    assert largest['good'].value == 1
+
+
+@pytest.mark.parametrize('devices', [1, 2, 4, 8])
+def test_a_fingerprint_does_not_depend_on_how_arrays_are_split(devices):
+    rng = np.random.default_rng(5)
+    tree = {
+        'a': {'rows': rng.standard_normal((16, 3, 5)).astype(np.float32)},
+        'b': {'columns': rng.standard_normal((3, 24, 2)).astype(np.float16)},
+        'c': {'whole': rng.standard_normal(7).astype(np.float32)},
+        'd': np.int32(3),
+    }
+    split = {'a/rows': 0, 'b/columns': 1}
+    specs = {
+        'a': {'rows': PartitionSpec(AXIS)},
+        'b': {'columns': PartitionSpec(None, AXIS)},
+        'c': {'whole': PartitionSpec()},
+        'd': PartitionSpec(),
+    }
+    program = jax.shard_map(
+        lambda tree: exact_sums.fingerprint(tree, AXIS, split),
+        mesh=mesh_of(devices),
+        in_specs=(specs,),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    assert int(jax.jit(program)(tree)) == exact_sums.fingerprint_on_host(tree)
