@@ -254,16 +254,16 @@ def train_step(
             return loss * scale, aux
 
         grads, (metrics, statistics) = jax.grad(scaled_loss, has_aux=True)(params)
-        grads = jax.tree.map(lambda g: g / scale, grads)
-        return {'params': grads, **statistics}, metrics
+        # As one vector a collection: hundreds of small arrays would be as many kernels, many times.
+        found = {'params': grads, **statistics}
+        packed = {name: ravel_pytree(collection)[0] for name, collection in found.items()}
+        return packed | {'params': packed['params'] / scale}, metrics
 
     if model.task.dtype == 'float16':
         scale, found = loss_scaling.until_finite(attempt, state.loss_scale.value)
     else:
         scale, found = state.loss_scale.value, attempt(state.loss_scale.value)
-    found, metrics = lax.optimization_barrier(found)
-    # As one vector a collection: hundreds of small arrays would be as many kernels, several times.
-    packed = {name: ravel_pytree(collection)[0] for name, collection in found.items()}
+    packed, metrics = lax.optimization_barrier(found)
     formats = _formats(packed, model.micro_batches)
     (total, metrics), rejected, largest = exact_sums.psum(
         (packed, metrics), (formats, metric_format(model.micro_batches)), AXIS

@@ -4,6 +4,7 @@
 python -m speed.llama_step_ours '{"model": …}'
 
 steps N     seconds for N optimizer steps on a batch that lies on the devices
+fingerprint 0  of the state, after all steps so far
 memory 0    the most bytes that a device had in use so far; 0 where it does not count
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import exact_sums
 import train_lib
 from models.llama.architectures import ARCHITECTURES
 from settings import backend, loading
@@ -63,13 +65,17 @@ def contestant(case: dict[str, Any]) -> tuple[dict[str, Any], contestants.Comman
         jax.block_until_ready(state)
         return time.perf_counter() - before
 
+    def fingerprint(_: int) -> str:
+        saved = train_lib.to_saved(state)
+        return exact_sums.shown(jax.jit(exact_sums.fingerprint)(saved))
+
     def memory(_: int) -> int:
         return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0)
 
     steps(1)
     kind = jax.devices()[0].device_kind
     facts = {'version': f'JAX {jax.__version__}', 'device': kind, 'devices': devices}
-    return facts, {'steps': steps, 'memory': memory}
+    return facts, {'steps': steps, 'fingerprint': fingerprint, 'memory': memory}
 
 
 if __name__ == '__main__':

@@ -24,7 +24,11 @@ def normalise(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises every group of `span` examples of x [N, H, W, C] by its own statistics.
 
-    Its gradient (Ioffe & Szegedy 2015, section 3) is written out, because it needs two sums over
+    Mean and variance come from one pass over the activations, shifted by one of them, so that the
+    variance loses little to cancellation however large the mean is (Chan, Golub & LeVeque 1983,
+    "Algorithms for computing the sample variance", section 3).
+
+    The gradient (Ioffe & Szegedy 2015, section 3) is written out, because it needs two sums over
     the activations where the automatic one needs three and reads them once more.
 
     Returns:
@@ -39,13 +43,30 @@ def _grouped(span: int, x: jax.Array) -> jax.Array:
     return x.reshape(-1, span, *x.shape[1:]).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _sums(*groups: jax.Array) -> list[jax.Array]:
+    """Over every group, [N / span, 1, 1, 1, C], from [N / span, span, H, W, C].
+
+    First over every image, so that a GPU has enough sums to compute at a time.
+    """
+    count, span, _, _, channels = groups[0].shape
+    of_images = [x.reshape(count * span, -1, channels).sum(axis=1) for x in groups]
+    # Behind the barrier XLA adds up few values; without it, the activations once more.
+    of_images = lax.optimization_barrier(of_images)
+    return [x.reshape(count, span, channels).sum(axis=1)[:, None, None, None] for x in of_images]
+
+
 def _normalise_forward(span, x, scale, bias):
     groups = _grouped(span, x)
-    mean_gc = groups.mean(axis=(1, 2, 3), keepdims=True)
-    centred = groups - mean_gc
-    var_gc = jnp.square(centred).mean(axis=(1, 2, 3), keepdims=True)
+    row, column = x.shape[1] // 2, x.shape[2] // 2  # Padding tells at the edges.
+    near = x[::span, row : row + 1, column : column + 1].astype(groups.dtype)[:, None]
+    shifted = groups - near
+    count = shifted[0, ..., 0].size
+    shift_gc, square_gc = (total / count for total in _sums(shifted, jnp.square(shifted)))
+    mean_gc = near + shift_gc
+    var_gc = jnp.maximum(square_gc - jnp.square(shift_gc), 0)
     inverse_gc = lax.rsqrt(var_gc + EPSILON)
-    y = centred * (inverse_gc * scale[None, None, None, None]) + bias[None, None, None, None]
+    y = (groups - mean_gc) * (inverse_gc * scale[None, None, None, None])
+    y = y + bias[None, None, None, None]
     return (y.reshape(x.shape).astype(x.dtype), mean_gc, var_gc), (x, scale, mean_gc, inverse_gc)
 
 
@@ -53,11 +74,8 @@ def _normalise_backward(span, residuals, cotangents):
     x, scale, mean_gc, inverse_gc = residuals
     dy = _grouped(span, cotangents[0])
     normal = (_grouped(span, x) - mean_gc) * inverse_gc
-    over, count = (1, 2, 3), dy[0, ..., 0].size
-    bias_gc = dy.sum(axis=over, keepdims=True)
-    scale_gc = (dy * normal).sum(axis=over, keepdims=True)
-    # Behind the barrier XLA sums over the groups below; without it, over the activations once more.
-    bias_gc, scale_gc = lax.optimization_barrier((bias_gc, scale_gc))
+    count = dy[0, ..., 0].size
+    bias_gc, scale_gc = _sums(dy, dy * normal)
     dx = (dy - bias_gc / count - normal * (scale_gc / count)) * (
         inverse_gc * scale[None, None, None, None]
     )
@@ -75,8 +93,7 @@ class BatchNorm(nn.Module):
     """Batch normalisation by span (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1).
 
     y = scale · (x - mean) / sqrt(var + 1e-5) + bias, the mean and the biased variance taken over
-    span × H × W elements per channel, in two passes (the variance of the centred values) and never
-    below fp32.
+    span × H × W elements per channel, never below fp32.
 
     Attributes:
       span: examples per group; must divide the batch (training only).

@@ -60,9 +60,43 @@ class Pointwise(nn.Module):
         """Maps [N, H, W, C] to [N, H/stride, W/stride, features]."""
         shape = (1, 1, x.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)[0, 0]
-        x = x[:, :: self.stride, :: self.stride]
+        if self.stride > 1:
+            # Fused with the product, the slice makes the compiler of JAX 0.11.2 for GPUs abort.
+            x = lax.optimization_barrier(x[:, :: self.stride, :: self.stride])
         return jnp.tensordot(
             x.astype(self.dtype), kernel.astype(self.dtype), 1, precision=PRECISION
+        )
+
+
+class Stem(nn.Module):
+    """The 7×7 convolution with stride 2 of large images, padded by 3; the kernel is nn.Conv's.
+
+    It is computed as a 4×4 one over blocks of 2×2 pixels, whose colours and one zero fill 16
+    channels: three channels are too few for a GPU's matrix units.
+    """
+
+    features: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [N, H, W, 3] to [N, ⌈H/2⌉, ⌈W/2⌉, features]."""
+        kernel = self.param('kernel', self.kernel_init, (7, 7, 3, self.features), jnp.float32)
+        zero, (n, height, width, _) = jnp.zeros((), self.dtype), x.shape
+        edges = [(3, 3 + size % 2, 0) for size in (height, width)]
+        x = lax.pad(x.astype(self.dtype), zero, [(0, 0, 0), *edges, (0, 1, 0)])
+        kernel = lax.pad(kernel.astype(self.dtype), zero, [(0, 1, 0)] * 3 + [(0, 0, 0)])
+        rows, columns = x.shape[1] // 2, x.shape[2] // 2
+        blocks = x.reshape(n, rows, 2, columns, 2, 4).transpose(0, 1, 3, 2, 4, 5)
+        of_blocks = kernel.reshape(4, 2, 4, 2, 4, -1).transpose(0, 2, 1, 3, 4, 5)
+        return lax.conv_general_dilated(
+            blocks.reshape(n, rows, columns, 16),
+            of_blocks.reshape(4, 4, 16, -1),
+            window_strides=(1, 1),
+            padding='VALID',
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            precision=PRECISION,
         )
 
 
@@ -189,17 +223,20 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps images [N, H, W, 3] to logits [N, num_classes], fp32 (or wider, if dtype is)."""
-        # The official graph pads the large stem by 3 on both sides under either padding.
-        kernel, stride = (7, 2) if self.large_stem else (3, 1)
-        x = convolution(
-            x,
-            self.width,
-            kernel,
-            stride,
-            dtype=self.dtype,
-            truncated_init=self.truncated_init,
-            name='conv1',
-        )
+        init = conv_init(self.truncated_init)
+        if self.large_stem:
+            # The official graph pads it by 3 on both sides, under either padding.
+            x = Stem(self.width, self.dtype, init, name='conv1')(x)
+        else:
+            x = nn.Conv(
+                self.width,
+                (3, 3),
+                use_bias=False,
+                dtype=self.dtype,
+                precision=PRECISION,
+                kernel_init=init,
+                name='conv1',
+            )(x)
         x = nn.relu(BatchNorm(self.bn_span, name='bn1')(x, train))
         if self.large_stem:
             pads = tuple(window_padding(3, 2, size, self.padding) for size in x.shape[1:3])

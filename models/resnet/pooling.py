@@ -3,8 +3,8 @@
 
 XLA differentiates a max-pool into select-and-scatter, which on a GPU becomes atomic additions; the
 deterministic replacement can be a sequential loop. Here the forward pass keeps which of the
-window's taps held the maximum (one byte per output), and the backward pass is a sum of dilated
-pads, one per tap: the same additions in the same order on every machine.
+window's taps held the maximum (one byte per output), and in the backward pass every input looks at
+the at most four windows that it lies in: the same additions in the same order on every machine.
 """
 
 import functools
@@ -66,21 +66,30 @@ def _pool_fwd(x, padding):
 
 
 def _pool_bwd(padding, residuals, grad):
-    winner, (_, height, width, _) = residuals
-    zero = jnp.zeros((), grad.dtype)
-    total = None
-    for tap in range(_WINDOW * _WINDOW):
-        routed = jnp.where(winner == tap, grad, zero)
-        config = [(0, 0, 0)]
-        for size, out, offset, (before, _) in zip(
-            (height, width), grad.shape[1:3], divmod(tap, _WINDOW), padding, strict=True
-        ):
-            # Output i came from input row 2·i + offset - before; negative pads crop the border.
-            low = offset - before
-            config.append((low, size - low - (_STRIDE * (out - 1) + 1), _STRIDE - 1))
-        spread = lax.pad(routed, zero, [*config, (0, 0, 0)])
-        total = spread if total is None else total + spread
-    return (total,)
+    winner, (n, height, width, channels) = residuals
+    # Pixels of the padded input in pairs: output i has taps 0 and 1 in pair i, tap 2 in the next.
+    rows, columns = (size + 1 for size in grad.shape[1:3])
+    parity_h, parity_w = (
+        lax.broadcasted_iota(jnp.uint8, (1, 1, _STRIDE, 1, _STRIDE, 1), axis) for axis in (2, 4)
+    )
+
+    def of_pixels(outputs: jax.Array, late_h: int, late_w: int) -> jax.Array:
+        """For every pixel [N, rows, 2, columns, 2, C], the output so many pairs before its own."""
+        config = [(0, 0, 0), (late_h, 1 - late_h, 0), (late_w, 1 - late_w, 0), (0, 0, 0)]
+        moved = lax.pad(outputs, jnp.zeros((), outputs.dtype), config)
+        shape = (n, rows, _STRIDE, columns, _STRIDE, channels)
+        return lax.broadcast_in_dim(moved, shape, (0, 1, 3, 5))
+
+    def share(late_h: int, late_w: int) -> jax.Array:
+        tap_h, tap_w = parity_h + _STRIDE * late_h, parity_w + _STRIDE * late_w
+        is_tap = (tap_h < _WINDOW) & (tap_w < _WINDOW)
+        won = is_tap & (of_pixels(winner, late_h, late_w) == tap_h * _WINDOW + tap_w)
+        return jnp.where(won, of_pixels(grad, late_h, late_w), 0)
+
+    (above, _), (left, _) = padding
+    total = share(0, 0) + share(0, 1) + share(1, 0) + share(1, 1)
+    padded = total.reshape(n, rows * _STRIDE, columns * _STRIDE, channels)
+    return (padded[:, above : above + height, left : left + width],)
 
 
 max_pool_3x3_stride_2.defvjp(_pool_fwd, _pool_bwd)

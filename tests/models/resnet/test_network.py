@@ -9,7 +9,7 @@ import pytest
 
 from models.resnet import network
 from models.resnet.batch_norm import EPSILON, BatchNorm
-from models.resnet.network import relu, window_padding
+from models.resnet.network import Stem, relu, window_padding
 from models.resnet.pooling import max_pool_3x3_stride_2
 from tests.harness import resolve
 from workloads.resnet.task import ImageClassification
@@ -112,6 +112,27 @@ def test_same_padding_is_tensorflows(kernel, size):
     lax_pads = jax.lax.padtype_to_pads((size,), (kernel,), (2,), 'SAME')
     assert (before, after) == lax_pads[0]
     assert window_padding(kernel, 2, size, 'symmetric') == ((kernel - 1) // 2,) * 2
+
+
+@pytest.mark.parametrize('size', [(32, 32), (33, 40), (38, 37)])
+def test_stem_equals_a_7x7_convolution_with_stride_2(size):
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    init = network.conv_init(truncated=True)
+    padding, precision = [(3, 3)] * 2, network.PRECISION
+    plain = nn.Conv(
+        8, (7, 7), (2, 2), padding, use_bias=False, precision=precision, kernel_init=init
+    )
+    stem = Stem(8, jnp.dtype('float32'), init)
+    variables = plain.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, variables, stem.init(jax.random.key(1), x))
+    (expected, of_plain), (found, of_stem) = (
+        jax.vjp(layer.apply, variables, x) for layer in (plain, stem)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for a, b in zip(
+        *(jax.tree.leaves(f(jnp.cos(expected))) for f in (of_stem, of_plain)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize('dtype', ['float64', 'float32', 'bfloat16', 'float16'])
