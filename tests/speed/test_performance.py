@@ -92,8 +92,8 @@ def test_the_step_has_no_slow_operation(dtype):
 
 
 def test_barriers_keep_activations_from_being_read_again_and_a_micro_batch_apart():
-    # In every BatchNorm, its gradient and every block's last ReLU; see docs/performance.md. The steps
-    # have three and two around a micro-batch's part and its sums (train_lib.py).
+    # In every BatchNorm, its gradient and every block's last ReLU; see docs/performance.md. The
+    # steps have three and two around a micro-batch's part and its sums (train_lib.py).
     found = operations('optimization_barrier', dtype='bfloat16')
     assert len(found) == 2 * CONVOLUTIONS + BLOCKS + 3
     model, size, mesh = parts(dtype='bfloat16')
