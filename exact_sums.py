@@ -153,6 +153,14 @@ def largest_addends(tree: Any, axis: str) -> Any:
 
 
 @jax.enable_x64(True)
+def are_finite(tree: Any) -> jax.Array:
+    """Whether all arrays are, and this device's addends of every `Sum`."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Sum))
+    found = [_largest(jnp.max(x.word)).value if isinstance(x, Sum) else x for x in leaves]
+    return jnp.stack([jnp.isfinite(x).all() for x in found]).all()
+
+
+@jax.enable_x64(True)
 def total(x: jax.Array) -> jax.Array:
     """The sum of all elements, integers or truth values, as int64."""
     return jnp.sum(x, dtype=jnp.int64)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import exact_sums
+
 INITIAL_LOSS_SCALE, LARGEST_LOSS_SCALE = 2.0**15, 2.0**24
 STEPS_TO_DOUBLE_LOSS_SCALE = 2000
 
@@ -36,32 +38,32 @@ def initial(dtype: str) -> LossScale:
     return LossScale(value, value, jnp.int32(0))
 
 
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def until_finite(attempt: Callable[[jax.Array], Any], scale: jax.Array) -> tuple[jax.Array, Any]:
+def until_finite(
+    attempt: Callable[[jax.Array], Any], scale: jax.Array, axis: str
+) -> tuple[jax.Array, Any]:
     """Runs `attempt(scale)`, halving the scale while the result overflows and the scale is > 1.
 
     The micro-batch is tried again on the device, so a run never skips an example, and its position
-    in the data stays the step.
+    in the data stays the step. Devices try together, for `attempt` may add up over them; those
+    whose own result is finite keep to their scale.
 
     Returns:
       The last scale, and what `attempt` returned for it.
     """
 
     def body(carry):
-        scale = carry[0] / 2
-        return scale, attempt(scale)
+        scale, overflowed, _, _ = carry
+        scale = jnp.where(overflowed, scale / 2, scale)
+        result = attempt(scale)
+        overflowed = ~exact_sums.are_finite(result) & (scale > 1)
+        return scale, overflowed, lax.pmax(overflowed.astype(jnp.int32), axis), result
 
-    def overflowed(carry):
-        scale, result = carry
-        return ~_all_finite(result) & (scale > 1)
-
-    nothing = jax.tree.map(
-        lambda s: jnp.full(s.shape, jnp.nan, s.dtype), jax.eval_shape(attempt, scale)
-    )
-    return lax.while_loop(overflowed, body, (scale * 2, nothing))
+    shapes = jax.eval_shape(attempt, scale)
+    with jax.enable_x64(True):  # For sums.
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    start = (scale * 2, jnp.bool_(True), jnp.int32(1), nothing)
+    scale, _, _, result = lax.while_loop(lambda carry: carry[2] > 0, body, start)
+    return scale, result
 
 
 def following(old: LossScale, used: jax.Array, is_whole: jax.Array) -> LossScale:

@@ -9,7 +9,7 @@ or a log.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import flax.serialization
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 import exact_sums
 import loss_scaling
@@ -39,12 +38,19 @@ Variables = dict[str, Any]  # {'params': …} and the collections of statistics,
 class Task(Protocol):
     """What is learnt: a model with its loss and its metrics, as pure functions.
 
+    Inside of a step every device has its part of the variables in `split`, and all of the others.
+
     Attributes:
       dtype: of activations; 'float16' has its loss scaled.
+      split: the names of variables that are split over the devices, as `exact_sums.named` gives
+        them, such as 'params/head', and along which dimension each is.
     """
 
     @property
     def dtype(self) -> str: ...  # noqa: D102
+
+    @property
+    def split(self) -> Mapping[str, int]: ...  # noqa: D102
 
     def abstract_batch(self, examples: int) -> Any:
         """Shapes and dtypes of a batch of so many examples; each array's first axis counts them."""
@@ -52,14 +58,22 @@ class Task(Protocol):
     def init(self, key: jax.Array) -> Variables:
         """The model's variables, drawn from a key."""
 
-    def train_loss(
-        self, variables: Variables, batch: Any
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Variables]]:
-        """Mean loss over a training batch.
+    def gradient(
+        self, variables: Variables, batch: Any, scale: jax.Array, form: FixedPoint
+    ) -> tuple[Variables, dict[str, jax.Array]]:
+        """The gradient of the mean loss over one device's micro-batch.
+
+        Args:
+          variables: of the model.
+          batch: the micro-batch.
+          scale: what the loss is multiplied by before it is differentiated.
+          form: of the sums of gradients.
 
         Returns:
-          (loss, (metrics, statistics)): metrics are means over the batch; statistics are the
-          batch's own, by collection, for the optimizer to move the running ones by.
+          ({'params': gradient, COLLECTION: statistics, …}, metrics). The gradient by a variable
+          that is split is a `Sum` over the devices, divided by `scale`; by another one it is this
+          device's, still times `scale`. Statistics are the batch's own, for the optimizer to move
+          the running ones by. Metrics are means over the batch.
         """
 
     def evaluate(self, variables: Variables, batch: Any) -> dict[str, jax.Array]:
@@ -71,6 +85,30 @@ class Task(Protocol):
 
     def quality(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """The evaluation's results from the sums over the whole set: Python's numbers."""
+
+
+def gradient_of(
+    train_loss: Callable[
+        [Variables, Any], tuple[jax.Array, tuple[dict[str, jax.Array], Variables]]
+    ],
+    variables: Variables,
+    batch: Any,
+    scale: jax.Array,
+) -> tuple[Variables, dict[str, jax.Array]]:
+    """`Task.gradient` where nothing is split.
+
+    Args:
+      train_loss: (variables, batch) → (mean loss, (metrics, statistics)).
+      variables, batch, scale: as there.
+    """
+    running = {name: tree for name, tree in variables.items() if name != 'params'}
+
+    def scaled_loss(params):
+        loss, aux = train_loss({'params': params, **running}, batch)
+        return loss * scale, aux
+
+    gradient, (metrics, statistics) = jax.grad(scaled_loss, has_aux=True)(variables['params'])
+    return {'params': gradient, **statistics}, metrics
 
 
 class Model(NamedTuple):
@@ -98,8 +136,8 @@ class TrainState:
       opt_state: of `optax.MultiSteps`; between optimizer steps its accumulator is zero.
       loss_scale: 1 and constant unless the dtype is float16.
       rejected: int32, for the collections of variables by name, and for the metrics: 0 or, if what
-        was to be added up was not finite or out of range, the place of such an element, from 1.
-        Then nothing else of the state moves any more.
+        was to be added up was not finite or out of range, the number of such an array, from 1. Then
+        nothing else of the state moves any more.
     """
 
     variables: Variables
@@ -126,8 +164,33 @@ def metric_format(micro_batches: int) -> FixedPoint:
     return FixedPoint(LARGEST_VALUE, micro_batches)
 
 
+def _packed(kind: str, collection: Any, split: Mapping[str, int]) -> dict[str, Any]:
+    """A collection's arrays: the split ones by name, and the others as one vector, named ''.
+
+    Hundreds of small arrays would be as many kernels, several times.
+    """
+    arrays = exact_sums.named(collection)
+    whole = [x.ravel() for name, x in arrays if f'{kind}/{name}' not in split]
+    return {'': jnp.concatenate(whole)} | {n: x for n, x in arrays if f'{kind}/{n}' in split}
+
+
+def _unpacked(kind: str, packed: Mapping[str, Any], like: Any, split: Mapping[str, int]) -> Any:
+    """The inverse of `_packed`, for a collection of such shapes."""
+    arrays, start = [], 0
+    for name, x in exact_sums.named(like):
+        if f'{kind}/{name}' in split:
+            arrays.append(packed[name])
+        else:
+            arrays.append(packed[''][start : start + x.size].reshape(x.shape))
+            start += x.size
+    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+
 def accumulated(
-    transformation: optax.GradientTransformation, steps: int, micro_batches: int
+    transformation: optax.GradientTransformation,
+    steps: int,
+    micro_batches: int,
+    split: Mapping[str, int] = exact_sums.NOT_SPLIT,
 ) -> optax.GradientTransformation:
     """An optimizer that is fed sums over the devices, and moves the variables every `steps` times.
 
@@ -135,9 +198,10 @@ def accumulated(
       transformation: is fed averages over the whole batch.
       steps: micro-steps in an optimizer step.
       micro_batches: in an optimizer step, over all devices and micro-steps.
+      split: as `Task.split`.
 
     Returns:
-      `optax.MultiSteps` with an int64 accumulator, one vector for every collection of variables.
+      `optax.MultiSteps` with an int64 accumulator: every collection of variables, `_packed`.
     """
     # Optax needs JAX's 64-bit types for integers, but what it accumulates for does not.
     wide, default = jax.enable_x64(True), jax.enable_x64(jax.enable_x64.value)
@@ -145,9 +209,10 @@ def accumulated(
     @default
     def update(sums, state, variables):
         formats, means = _formats(variables, micro_batches), {}
-        for name, collection in variables.items():
-            vector, unpack = ravel_pytree(collection)
-            means[name] = unpack(formats[name].mean(sums[name], vector.dtype))
+        for kind, collection in variables.items():
+            dtype = jnp.result_type(*jax.tree.leaves(collection))
+            mean = functools.partial(formats[kind].mean, dtype=dtype)
+            means[kind] = _unpacked(kind, jax.tree.map(mean, sums[kind]), collection, split)
         return transformation.update(means, state, variables)
 
     with wide:
@@ -161,8 +226,10 @@ def accumulated(
     @wide
     def init(variables):
         zeros = {
-            name: jnp.zeros(sum(x.size for x in jax.tree.leaves(collection)), jnp.int64)
-            for name, collection in variables.items()
+            kind: jax.tree.map(
+                lambda x: jnp.zeros(x.shape, jnp.int64), _packed(kind, collection, split)
+            )
+            for kind, collection in variables.items()
         }
         return multi_steps.init(variables)._replace(acc_grads=zeros)
 
@@ -229,6 +296,46 @@ def from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:
     )
 
 
+def _added_up(
+    packed: Variables, metrics: dict[str, jax.Array], model: Model, variables: Variables
+) -> tuple[Variables, dict[str, jax.Array], jax.Array, jax.Array]:
+    """Sums over the devices.
+
+    Args:
+      packed: every collection of `variables`, `_packed`: what this device adds, and each `Sum`.
+      metrics: what this device adds to each.
+      model, variables: what is learnt.
+
+    Returns:
+      (totals, metrics, rejected, largest): int64 in the structures of `packed` and `metrics`;
+      `TrainState.rejected` of these alone; the largest element of a gradient in magnitude.
+    """
+    formats, split = _formats(packed, model.micro_batches), model.task.split
+    vectors = {kind: arrays[''] for kind, arrays in packed.items()}
+    (totals, metrics), of_vectors, magnitudes = exact_sums.psum(
+        (vectors, metrics), (formats, metric_format(model.micro_batches)), AXIS
+    )
+    sums = {kind: {n: x for n, x in arrays.items() if n} for kind, arrays in packed.items()}
+    addends = exact_sums.largest_addends(sums, AXIS)
+    rejected, largest = [], jnp.float32(0)
+    for place, magnitude, kind in zip(of_vectors, magnitudes, sorted(packed), strict=False):
+        arrays = exact_sums.named(variables[kind])
+        sizes = [0 if f'{kind}/{name}' in split else x.size for name, x in arrays]
+        found = jnp.where(place > 0, 1 + (np.cumsum(sizes) < place).sum(dtype=jnp.int32), 0)
+        for number, (name, _) in enumerate(arrays, start=1):
+            if addend := addends[kind].get(name):
+                found = jnp.where(formats[kind].rejected(addend) > 0, number, found)
+                magnitude = jnp.maximum(magnitude, addend.value)
+        rejected.append(found)
+        largest = magnitude if kind == 'params' else largest
+    rejected.append(of_vectors[len(packed) :].max())
+    totals = {
+        kind: {'': totals[kind]} | {name: x.total for name, x in sums[kind].items()}
+        for kind in packed
+    }
+    return totals, metrics, jnp.stack(rejected), largest
+
+
 def train_step(
     state: TrainState, batch: Any, *, model: Model
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -245,32 +352,21 @@ def train_step(
     # Between the barriers is the same program for any number of devices and micro-steps; without
     # them XLA would fuse, and so round, differently.
     variables, batch = lax.optimization_barrier((state.variables, batch))
-    params = variables['params']
-    running = {name: tree for name, tree in variables.items() if name != 'params'}
+    split, formats = model.task.split, _formats(variables, model.micro_batches)
 
     def attempt(scale):
-        def scaled_loss(params):
-            loss, aux = model.task.train_loss({'params': params, **running}, batch)
-            return loss * scale, aux
-
-        grads, (metrics, statistics) = jax.grad(scaled_loss, has_aux=True)(params)
-        # As one vector a collection: hundreds of small arrays would be as many kernels, many times.
-        found = {'params': grads, **statistics}
-        packed = {name: ravel_pytree(collection)[0] for name, collection in found.items()}
-        return packed | {'params': packed['params'] / scale}, metrics
+        found, metrics = model.task.gradient(variables, batch, scale, formats['params'])
+        packed = {kind: _packed(kind, collection, split) for kind, collection in found.items()}
+        packed['params'][''] /= scale
+        return packed, metrics
 
     if model.task.dtype == 'float16':
-        scale, found = loss_scaling.until_finite(attempt, state.loss_scale.value)
+        scale, found = loss_scaling.until_finite(attempt, state.loss_scale.value, AXIS)
     else:
         scale, found = state.loss_scale.value, attempt(state.loss_scale.value)
     packed, metrics = lax.optimization_barrier(found)
-    formats = _formats(packed, model.micro_batches)
-    (total, metrics), rejected, largest = exact_sums.psum(
-        (packed, metrics), (formats, metric_format(model.micro_batches)), AXIS
-    )
+    total, metrics, rejected, largest = _added_up(packed, metrics, model, variables)
     total = lax.optimization_barrier(total)
-    count = len(packed)
-    rejected = jnp.append(rejected[:count], rejected[count:].max())
     rejected = jnp.maximum(state.rejected, rejected)
     updates, opt_state = model.optimizer.update(total, state.opt_state, state.variables)
     moved = TrainState(
@@ -286,7 +382,7 @@ def train_step(
     new = dataclasses.replace(new, rejected=rejected)
     return new, {
         'sums': metrics,
-        'largest_gradient': largest[sorted(packed).index('params')],
+        'largest_gradient': largest,
         'learning_rate': model.schedule(state.step),
         'loss_scale': new.loss_scale.value,
         'rejected': rejected,

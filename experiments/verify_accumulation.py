@@ -95,7 +95,7 @@ class Experiment:
         state: Any = train_lib.from_saved(saved, train_lib.abstract_state(self.model))
         if not exact:
             state = Plain(saved['variables'], jax.device_get(self._init(saved['variables'])))
-        state = compilation.replicate(self.mesh, state)
+        state = compilation.place(self.mesh, state)
         micro_steps = plan.total_steps * plan.accumulation_steps
         for batch in self._batches(seed).train(0, micro_steps):
             on_devices = compilation.split(self.mesh, batch)

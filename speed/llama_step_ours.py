@@ -50,7 +50,7 @@ def contestant(case: dict[str, Any]) -> tuple[dict[str, Any], contestants.Comman
     state: Any = train_lib.from_saved(
         train_lib.initial_state(1, model), train_lib.abstract_state(model)
     )
-    state = compilation.replicate(mesh, state)
+    state = compilation.place(mesh, state, model.task.split)
     vocabulary = ARCHITECTURES[case['model']].vocabulary
     shape = (plan.micro_step_size, case['length'] + 1)
     tokens = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from exact_sums import NOT_SPLIT
 from input_pipeline import Batch, Pipeline, Share, generator, shuffled
 from settings.hyperparameters import Config, field
 from settings.plan import Course, Evaluation, Plan, Ruleset, Target
 from settings.rules import POSITIVE, Rule, division
+from train_lib import gradient_of
 from training.workload import Optimizer, Workload
 
 WIDTH, PURPOSE, NOISE = 5, 7, 0.1
@@ -101,6 +103,7 @@ class Line:
     """The model with its loss; see `train_lib.Task`."""
 
     dtype: str
+    split = NOT_SPLIT
 
     def abstract_batch(self, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch."""
@@ -121,6 +124,11 @@ class Line:
         """Mean squared error; there are no statistics."""
         loss = self._errors(variables, batch).mean()
         return loss, ({'loss': loss}, {})
+
+    def gradient(self, variables, batch, scale, form):
+        """Of `train_loss`."""
+        del form
+        return gradient_of(self.train_loss, variables, batch, scale)
 
     def evaluate(self, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]):
         """Errors of the points that count."""

@@ -4,10 +4,12 @@
 import dataclasses
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding
 
 import train_lib
@@ -94,7 +96,7 @@ def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches
     first = train_lib.from_saved(
         train_lib.initial_state(config.seed, model), train_lib.abstract_state(model)
     )
-    state = compilation.replicate(mesh, first)
+    state = compilation.place(mesh, first)
     micro_steps = steps * plan.accumulation_steps
     if batches is None:
         share = processes.local_share(mesh, plan.micro_step_size)
@@ -176,3 +178,11 @@ def is_same(a: Any, b: Any) -> bool:
     """Whether two trees are equal, bit for bit."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All of a program, those within loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)

@@ -23,7 +23,7 @@ ARROWS = {
     'settings': {'settings'},
     'exact_sums': {'settings'},
     'input_pipeline': {'settings', 'exact_sums'},
-    'loss_scaling': set(),
+    'loss_scaling': {'exact_sums'},
     'train_lib': {'settings', 'exact_sums', 'loss_scaling'},
     'models': {'models'},
     'run_files': {'settings', 'run_files', 'input_pipeline', 'train_lib'},

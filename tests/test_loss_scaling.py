@@ -1,26 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss scale of float16: as large as it can be, and a function of the steps alone."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
+import exact_sums
 import loss_scaling
+from exact_sums import FixedPoint
 from loss_scaling import LARGEST_LOSS_SCALE, STEPS_TO_DOUBLE_LOSS_SCALE, LossScale
+
+AXIS, FORM = 'data', FixedPoint(2.0**12, 4)
+
+
+def until_finite(first, overflows_above, is_told=True):
+    """(scale, device's own result, sum) of every device, each with a limit of its own.
+
+    Not told, only the sum shows that a device's own overflowed.
+    """
+
+    def on_device(limit):
+        def attempt(scale):
+            own = jnp.where(scale > limit[0], jnp.inf, scale)
+            total = exact_sums.psum_scatter(own[None].repeat(4), FORM, AXIS)
+            return {'own': own, 'sum': total} if is_told else {'own': scale, 'sum': total}
+
+        scale, found = loss_scaling.until_finite(attempt, jnp.float32(first), AXIS)
+        return scale[None], found['own'][None], found['sum'].total
+
+    mesh = Mesh(np.array(jax.devices()[:4]), (AXIS,))
+    spec = PartitionSpec(AXIS)
+    program = jax.shard_map(on_device, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)
+    limits = jnp.array(overflows_above, jnp.float32)
+    with jax.enable_x64(True):  # Without it an array of 64 bits cannot come out.
+        program = jax.jit(jax.enable_x64(False)(program))
+        return [x.tolist() for x in jax.device_get(program(limits))]
 
 
 @pytest.mark.parametrize(
     ('first', 'overflows_above', 'last'),
-    [(1024, 2048, 1024), (1024, 1023, 512), (1024, 100, 64), (1024, 0.5, 1)],
+    [
+        (1024, [2048, 1025, 1e9, 1024], [1024, 1024, 1024, 1024]),
+        (1024, [1023, 2048, 100, 2048], [512, 1024, 64, 1024]),
+    ],
 )
-def test_the_scale_is_halved_until_nothing_overflows(first, overflows_above, last):
-    """Down to 1, at which what is still not finite is given back."""
+@pytest.mark.parametrize('is_told', [True, False])
+def test_every_device_halves_its_scale_until_nothing_overflows(
+    first, overflows_above, last, is_told
+):
+    scale, own, total = until_finite(first, overflows_above, is_told)
+    assert scale == own == last
+    assert total == [FORM.encode(jnp.float32(sum(last))).item()] * 4
 
-    def attempt(scale):
-        return {'gradient': jnp.where(scale > overflows_above, jnp.inf, scale)}
 
-    scale, found = loss_scaling.until_finite(attempt, jnp.float32(first))
-    assert float(scale) == last
-    assert float(found['gradient']) == (last if last <= overflows_above else jnp.inf)
+def test_at_a_scale_of_1_what_is_not_finite_is_given_back():
+    scale, own, _ = until_finite(1024, [0.5, 2048, 2048, 2048])
+    assert scale == [1, 1024, 1024, 1024]
+    assert own == [np.inf, 1024, 1024, 1024]
 
 
 def following(value, lowest, good_steps, used, is_whole):

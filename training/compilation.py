@@ -5,11 +5,12 @@ Programs are compiled ahead of time, from shapes alone.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import exact_sums
@@ -23,8 +24,8 @@ class Programs(NamedTuple):
     """A run's compiled programs.
 
     `train(state, batch)`, `evaluate(variables, batch)` and `fingerprint(train_lib.to_saved(state))`
-    take and give arrays on the mesh: state and results replicated, batches split along their first
-    axis.
+    take and give arrays on the mesh: batches split along their first axis, variables and what
+    belongs to them as `Task.split` says, all else replicated.
     """
 
     mesh: Mesh
@@ -44,35 +45,87 @@ def split(mesh: Mesh, local: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Puts a tree of host arrays, the same in every process, on all devices."""
-    sharding = NamedSharding(mesh, REPLICATED)
+def _dimension(name: str, split: Mapping[str, int]) -> int | None:
+    """Along which dimension an array is split, by its name, which ends with a variable's."""
+    return next((d for n, d in split.items() if name == n or name.endswith(f'/{n}')), None)
+
+
+def specs(tree: Any, split: Mapping[str, int]) -> Any:
+    """How the arrays of a state, of variables or of what belongs to them lie on the mesh.
+
+    Args:
+      tree: of arrays or their shapes.
+      split: as `Task.split`.
+    """
+    dimensions = [_dimension(name, split) for name, _ in exact_sums.named(tree)]
+    found = [REPLICATED if d is None else PartitionSpec(*[None] * d, AXIS) for d in dimensions]
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def place(mesh: Mesh, tree: Any, split: Mapping[str, int] = exact_sums.NOT_SPLIT) -> Any:
+    """Puts a tree of whole host arrays, the same in every process, on the devices.
+
+    Args:
+      mesh: of all devices.
+      tree: a state, variables, or what belongs to them.
+      split: as `Task.split`.
+    """
+
+    def put(x, spec):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)
+
     with jax.enable_x64(True):  # Else 64-bit integers would be cut to 32 bits.
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, x, np.shape(x)), tree
-        )
+        return jax.tree.map(put, tree, specs(tree, split))
 
 
-def lifted(step: Callable, mesh: Mesh, **options: Any) -> jax.stages.Wrapped:
+def gathered(tree: Any) -> Any:
+    """A tree whose arrays each process can read; a collective if some are split over processes."""
+
+    def readable(x):
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(readable, tree)
+
+
+def lifted(
+    step: Callable,
+    mesh: Mesh,
+    in_specs: Any = (REPLICATED, SHARDED),
+    out_specs: Any = REPLICATED,
+    **options: Any,
+) -> jax.stages.Wrapped:
     """A step for one device's slice, as a program for the whole mesh.
 
     The replication checker of `shard_map` is off: with it, the gradient by a replicated weight is
     summed over the devices implicitly, and here it is summed explicitly, as integers.
     """
     over_all = jax.shard_map(
-        step, mesh=mesh, in_specs=(REPLICATED, SHARDED), out_specs=REPLICATED, check_vma=False
+        step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
     return jax.jit(over_all, **options)
 
 
-def _placed(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
+def _placed(mesh: Mesh, spec: Any, tree: Any) -> Any:
+    """Shapes with their places; `spec`: one, or a tree of them."""
+    if isinstance(spec, PartitionSpec):
+        spec = jax.tree.map(lambda _: spec, tree)
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(
+            s.shape, s.dtype, sharding=NamedSharding(mesh, where)
+        ),
+        tree,
+        spec,
+    )
 
 
 def trace_train(model: Model, micro_batch_size: int, mesh: Mesh) -> jax.stages.Traced:
     """The training step for so many examples a device, uncompiled."""
-    state = _placed(mesh, REPLICATED, train_lib.abstract_state(model))
+    shapes = train_lib.abstract_state(model)
+    where = specs(shapes, model.task.split)
+    state = _placed(mesh, where, shapes)
     batch = _placed(mesh, SHARDED, model.task.abstract_batch(mesh.size * micro_batch_size))
 
     @jax.enable_x64(jax.enable_x64.value)
@@ -80,21 +133,31 @@ def trace_train(model: Model, micro_batch_size: int, mesh: Mesh) -> jax.stages.T
         return train_lib.train_step(state, batch, model=model)
 
     with jax.enable_x64(True):  # Else 64-bit integers would be cut to 32 bits.
-        return lifted(train_step, mesh, donate_argnums=0).trace(state, batch)
+        step = lifted(train_step, mesh, (where, SHARDED), (where, REPLICATED), donate_argnums=0)
+        return step.trace(state, batch)
 
 
 def trace_evaluate(task: Task, micro_batch_size: int, mesh: Mesh) -> jax.stages.Traced:
     """The evaluation step for so many examples a device, uncompiled."""
-    variables = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
-    return lifted(functools.partial(train_lib.eval_step, task=task), mesh).trace(
-        _placed(mesh, REPLICATED, dict(variables)),
+    variables = dict(jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0))))
+    where = specs(variables, task.split)
+    step = lifted(functools.partial(train_lib.eval_step, task=task), mesh, (where, SHARDED))
+    return step.trace(
+        _placed(mesh, where, variables),
         _placed(mesh, SHARDED, task.abstract_batch(mesh.size * micro_batch_size)),
     )
 
 
 def _trace_fingerprint(model: Model, mesh: Mesh) -> jax.stages.Traced:
-    saved = train_lib.to_saved(train_lib.abstract_state(model))
-    return jax.jit(exact_sums.fingerprint).trace(_placed(mesh, REPLICATED, saved))
+    saved, split = train_lib.to_saved(train_lib.abstract_state(model)), model.task.split
+    dimensions = {name: _dimension(name, split) for name, _ in exact_sums.named(saved)}
+    of_parts = functools.partial(
+        exact_sums.fingerprint,
+        axis=AXIS,
+        split={name: d for name, d in dimensions.items() if d is not None},
+    )
+    where = specs(saved, split)
+    return lifted(of_parts, mesh, (where,)).trace(_placed(mesh, where, saved))
 
 
 def compile_steps(model: Model, micro_batch_size: int, mesh: Mesh) -> Programs:

@@ -16,7 +16,7 @@ from settings.hyperparameters import Config
 from settings.plan import Dataset
 from training import checkpointing, compilation, metrics, processes
 from training.device_feed import Clock, on_devices
-from training.workload import Workload
+from training.workload import Workload, check_split
 
 
 def _nothing() -> bool:
@@ -87,6 +87,7 @@ def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, 
         workload.task(config, dataset),
         compilation.make_mesh(),
     )
+    check_split(task, mesh.size)
     shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
 
@@ -103,7 +104,7 @@ def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, 
     share = processes.local_share(mesh, mesh.size * config.micro_batch_size)
     sums = total(
         compilation.trace_evaluate(task, config.micro_batch_size, mesh).lower().compile(),
-        compilation.replicate(mesh, weights),
+        compilation.place(mesh, weights, task.split),
         workload.pipeline(config, dataset, None, share).evaluation(),
         mesh,
     )

@@ -13,14 +13,12 @@ from train_lib import EVALUATED, Variables, metric_format
 
 def rejected_names(variables: Variables, rejected: Any) -> list[str]:
     """What was not finite or out of range, from `TrainState.rejected` on the host, in words."""
-    *places, of_metrics = rejected.tolist()
+    *numbers, of_metrics = rejected.tolist()
     words = ['a metric'] if of_metrics else []
-    for (kind, collection), place in zip(sorted(variables.items()), places, strict=True):
-        stop = 0
-        for name, array in exact_sums.named(collection):
-            start, stop = stop, stop + array.size
-            if start < place <= stop:
-                words.append(f'gradient of {name}' if kind == 'params' else f'{kind} {name}')
+    for (kind, collection), number in zip(sorted(variables.items()), numbers, strict=True):
+        if number:
+            name, _ = exact_sums.named(collection)[number - 1]
+            words.append(f'gradient of {name}' if kind == 'params' else f'{kind} {name}')
     return words
 
 

@@ -24,7 +24,7 @@ from settings.errors import FailedError, Outcome, SaveError
 from settings.hyperparameters import Config
 from settings.plan import Evaluation, Plan
 from train_lib import Model, TrainState
-from training import evaluation, metrics, processes
+from training import compilation, evaluation, metrics, processes
 from training.checkpoint_saver import CheckpointSaver
 from training.compilation import Programs
 from training.device_feed import Clock, on_devices
@@ -136,8 +136,9 @@ class Run:
         """Starts saving the state in the background; the seconds that this held up the run."""
         parts, before = self.parts, time.monotonic()
         self._drain()
+        readable = compilation.gathered(train_lib.to_saved(self.state))
         if parts.saver:
-            tree = jax.device_get(train_lib.to_saved(self.state))
+            tree = jax.device_get(readable)
             if jax.default_backend() == 'cpu':  # It is the memory that the next step overwrites.
                 tree = jax.tree.map(np.array, tree)
             parts.log.sync()  # A checkpoint never outlives what was logged before it.

@@ -79,7 +79,7 @@ def set_up(
         lambda s: np.zeros(s.shape, s.dtype), train_lib.to_saved(template)
     )
     state = train_lib.from_saved(processes.broadcast_from_lead(tree), template)
-    return Run(parts, compilation.replicate(mesh, state))
+    return Run(parts, compilation.place(mesh, state, model.task.split))
 
 
 def train_and_evaluate(

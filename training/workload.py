@@ -7,9 +7,12 @@ A workload is a folder in `workloads/`; nothing here or below names one.
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import jax
 import optax
 
+import exact_sums
 from input_pipeline import Pipeline, Share
+from settings.errors import ConfigError
 from settings.hyperparameters import Config
 from settings.plan import Course, Dataset, Plan, make_plan
 from train_lib import Model, Task, accumulated
@@ -103,8 +106,22 @@ def plan_of(workload: Workload, config: Config, dataset: Dataset, num_devices: i
     )
 
 
+def check_split(task: Task, num_devices: int) -> None:
+    """Rejects a number of devices that a task's variables cannot be split over, by ConfigError."""
+    variables = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = {name: x.shape for name, x in exact_sums.named(dict(variables))}
+    for name, dimension in task.split.items():
+        if shapes[name][dimension] % num_devices:
+            raise ConfigError(
+                f'{name} {list(shapes[name])} cannot be split over {num_devices} devices: take a '
+                f'number of devices that divides {shapes[name][dimension]}'
+            )
+
+
 def model_of(workload: Workload, config: Config, plan: Plan, dataset: Dataset) -> Model:
-    """What a run learns, before anything is compiled."""
+    """What a run learns, before anything is compiled; raises ConfigError as `check_split`."""
+    task = workload.task(config, dataset)
+    check_split(task, plan.num_devices)
     transformation, schedule = workload.optimizer(config, plan)
-    optimizer = accumulated(transformation, plan.accumulation_steps, plan.micro_batches)
-    return Model(workload.task(config, dataset), optimizer, schedule, plan.micro_batches)
+    optimizer = accumulated(transformation, plan.accumulation_steps, plan.micro_batches, task.split)
+    return Model(task, optimizer, schedule, plan.micro_batches)

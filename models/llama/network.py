@@ -3,19 +3,19 @@
 
     tokens → embedding → layers → norm → head → logits → loss
 
-A layer is a Flax module; the weights of all layers are stacked, and one layer's activations at a
-time are in memory, for the gradient computes them anew. Logits are made for some tokens at a time.
+A layer is a Flax module, and the weights of all layers are stacked. Logits are made for some tokens
+at a time.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from models.llama.architectures import Architecture
@@ -23,12 +23,17 @@ from models.llama.architectures import Architecture
 # fp32 is computed in fp32, also in the gradients; without it, in TF32 on Ampere and later.
 PRECISION = lax.Precision.HIGHEST
 NORM_EPSILON = 1e-5
+TOKENS_AT_A_TIME = 1024  # Of which something as wide as the vocabulary is in memory.
 WEIGHT_DEVIATION = 0.02
 # Llama 3.1's scaling of rotary frequencies: wave lengths above original_length / LOWEST are
 # stretched FACTOR times, those below original_length / HIGHEST not at all.
 FACTOR, LOWEST, HIGHEST = 8.0, 1.0, 4.0
 
 Params = dict[str, Any]
+# Functions of the name and the arrays, of one layer for 'layers': whole weights from this device's
+# parts; what becomes of the gradient by whole weights.
+Whole = Callable[[str, Any], Any]
+Summed = Callable[[str, Any], Any]
 
 
 def rotary_frequencies(architecture: Architecture) -> np.ndarray:
@@ -73,6 +78,25 @@ def rotated(x: jax.Array, cosines: np.ndarray, sines: np.ndarray) -> jax.Array:
     return turned.astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def wide_product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.einsum(form, a, b)` of arrays of one dtype, in fp32 at least.
+
+    What its gradient multiplies is rounded to that dtype first, as with autocast: fp32 times half
+    precision would be a product of fp32, at a tenth of the speed on a GPU.
+    """
+    wide = _at_least_fp32(a.dtype)
+    return jnp.einsum(form, a, b, precision=PRECISION, preferred_element_type=wide)
+
+
+def _wide_product_backward(form, operands, gradient):
+    narrow = functools.partial(jnp.einsum, form, precision=PRECISION)
+    return jax.vjp(narrow, *operands)[1](gradient.astype(operands[0].dtype))
+
+
+wide_product.defvjp(lambda form, a, b: (wide_product(form, a, b), (a, b)), _wide_product_backward)
+
+
 @jax.custom_vjp
 def softmax(scores: jax.Array) -> jax.Array:
     """Softmax over the last axis.
@@ -97,6 +121,13 @@ def _softmax_backward(probabilities, gradient):
 softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
+def is_fused(dtype: jnp.dtype) -> bool:
+    """Whether cuDNN computes attention, in one kernel: half precision, on Ampere GPUs and later."""
+    device = jax.devices()[0]
+    is_half = jnp.finfo(dtype).bits == 16
+    return is_half and device.platform == 'gpu' and float(device.compute_capability) >= 8
+
+
 def attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """Causal attention of grouped queries (Ainslie et al. 2023, arXiv:2305.13245).
 
@@ -106,14 +137,15 @@ def attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Arr
 
     Returns:
       [N, length, heads, size] in the dtype of `queries`; probabilities are computed in fp32 at
-      least. Needs memory for N · heads · length² of them.
+      least. Needs memory for N · heads · length² of them, unless it `is_fused`.
     """
+    if is_fused(queries.dtype):
+        return jax.nn.dot_product_attention(
+            queries, keys, values, is_causal=True, implementation='cudnn'
+        )
     count, length, heads, size = queries.shape
     grouped = queries.reshape(count, length, keys.shape[2], -1, size)
-    wide = _at_least_fp32(queries.dtype)
-    scores = jnp.einsum(
-        'nqkgh,ntkh->nkgqt', grouped, keys, precision=PRECISION, preferred_element_type=wide
-    )
+    scores = wide_product('nqkgh,ntkh->nkgqt', grouped, keys)
     position = jnp.arange(length)
     is_past = (position[:, None] >= position[None, :])[None, None, None]
     masked = jnp.where(is_past, scores * size**-0.5, -jnp.inf)
@@ -169,43 +201,6 @@ class Layer(nn.Module):
         return x + linear(a.width, 'down', narrow)(inner)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def through_layers(layer: Layer, weights: Params, x: jax.Array) -> jax.Array:
-    """Applies a layer with each of the stacked weights in turn.
-
-    The gradient keeps each layer's input alone, and computes the rest anew.
-
-    Args:
-      layer: of all layers.
-      weights: a layer's variables {'params'}, each with a first axis of all layers.
-      x: [N, length, width].
-    """
-    return _forward(layer, weights, x)[0]
-
-
-def _forward(layer, weights, x):
-    def step(x, weights):
-        weights, x = lax.optimization_barrier((weights, x))
-        return layer.apply(weights, x), x
-
-    x, inputs = lax.scan(step, x, weights)
-    return x, (weights, inputs)
-
-
-def _backward(layer, saved, gradient):
-    def step(gradient, saved):
-        weights, x, gradient = lax.optimization_barrier((*saved, gradient))
-        _, pull_back = jax.vjp(layer.apply, weights, x)
-        by_weights, by_x = lax.optimization_barrier(pull_back(gradient))
-        return by_x, by_weights
-
-    gradient, by_weights = lax.scan(step, gradient, saved, reverse=True)
-    return by_weights, gradient
-
-
-through_layers.defvjp(_forward, _backward)
-
-
 def init(key: jax.Array, architecture: Architecture) -> Params:
     """Weights, fp32: 'embedding' [vocabulary, width], 'layers' (stacked), 'norm', 'head'."""
     a = architecture
@@ -221,30 +216,146 @@ def init(key: jax.Array, architecture: Architecture) -> Params:
     }
 
 
+def as_it_is(name: str, weights: Any) -> Any:
+    """`Whole` and `Summed` where every device has all weights."""
+    del name
+    return weights
+
+
+def _chunks(x: jax.Array) -> jax.Array:
+    """The first axis as [chunks, tokens at a time]."""
+    return x.reshape(-1, math.gcd(len(x), TOKENS_AT_A_TIME), *x.shape[1:])
+
+
+def by_rows(
+    shape: tuple[int, int], dtype: jnp.dtype, tokens: jax.Array, gradient: jax.Array
+) -> jax.Array:
+    """The gradient by the embedding, of a shape and dtype, from that by its rows.
+
+    A product with one-hot vectors: additions in one order. On a GPU, a scatter that keeps to an
+    order sorts all the gradient's elements.
+
+    Args:
+      shape, dtype: of the embedding.
+      tokens: int [N, length].
+      gradient: [N, length, width].
+    """
+
+    def some(total, chunk):
+        tokens, gradient = chunk
+        is_row = (jnp.arange(shape[0])[:, None] == tokens[None]).astype(gradient.dtype)
+        return total + wide_product('vt,tw->vw', is_row, gradient), None
+
+    chunks = _chunks(tokens.ravel()), _chunks(gradient.reshape(-1, shape[1]))
+    return lax.scan(some, jnp.zeros(shape, dtype), chunks)[0]
+
+
+def _through_layers(
+    params: Params, tokens: jax.Array, architecture: Architecture, dtype: jnp.dtype, whole: Whole
+) -> tuple[jax.Array, jax.Array]:
+    """What comes out of the last layer, and every layer's input [layers, N, length, width]."""
+    layer = Layer(architecture, dtype)
+
+    def step(x, weights):
+        weights, x = lax.optimization_barrier((weights, x))
+        return layer.apply({'params': whole('layers', weights)}, x), x
+
+    x = whole('embedding', params['embedding'])[tokens].astype(dtype)
+    return lax.scan(step, x, params['layers'])
+
+
+def _normed(x: jax.Array, scale: jax.Array) -> jax.Array:
+    norm = nn.RMSNorm(epsilon=NORM_EPSILON, dtype=x.dtype)
+    return norm.bind({'params': {'scale': scale}})(x)
+
+
 def activations(
-    params: Params, tokens: jax.Array, architecture: Architecture, dtype: jnp.dtype
+    params: Params,
+    tokens: jax.Array,
+    architecture: Architecture,
+    dtype: jnp.dtype,
+    whole: Whole = as_it_is,
 ) -> jax.Array:
     """What the head takes, [N, length, width] in `dtype`, from tokens, int [N, length]."""
-    x = params['embedding'][tokens].astype(dtype)
-    x = through_layers(Layer(architecture, dtype), {'params': params['layers']}, x)
-    norm = nn.RMSNorm(epsilon=NORM_EPSILON, dtype=dtype).bind({'params': {'scale': params['norm']}})
-    return norm(x)
+    return _normed(_through_layers(params, tokens, architecture, dtype, whole)[0], params['norm'])
+
+
+def gradient(
+    params: Params,
+    tokens: jax.Array,
+    architecture: Architecture,
+    dtype: jnp.dtype,
+    scale: jax.Array,
+    whole: Whole = as_it_is,
+    summed: Summed = as_it_is,
+) -> tuple[jax.Array, Any]:
+    """The mean loss over a batch, and its gradient times `scale`.
+
+    It is written out for two reasons. One layer's weights, activations and gradient at a time are
+    in memory: of each only the input is kept. And every layer stands between barriers: fused with
+    what is around it, it would be rounded differently for different numbers of devices.
+
+    Args:
+      params: as `init` makes them, or each device's parts.
+      tokens: int [N, length + 1].
+      architecture: of the network.
+      dtype: of activations.
+      scale: scalar.
+      whole: makes whole weights of parts.
+      summed: what becomes of a gradient.
+    """
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    layer = Layer(architecture, dtype)
+    x, layer_inputs = _through_layers(params, inputs, architecture, dtype, whole)
+
+    def loss_of(x, norm, head):
+        return sequence_losses(_normed(x, norm), head, labels).mean()
+
+    # One after the other, so that one whole array of the vocabulary's size is in memory.
+    x, norm, head = lax.optimization_barrier((x, params['norm'], params['head']))
+    loss, pull_back = jax.vjp(loss_of, x, norm, whole('head', head))
+    by_x, by_norm, by_head = lax.optimization_barrier(pull_back(scale.astype(loss.dtype)))
+    by_head = summed('head', by_head)
+
+    def step(by_x, saved):
+        weights, x, by_x = lax.optimization_barrier((*saved, by_x))
+        _, pull_back = jax.vjp(layer.apply, {'params': whole('layers', weights)}, x)
+        by_weights, by_x = lax.optimization_barrier(pull_back(by_x))
+        return by_x, summed('layers', by_weights['params'])
+
+    by_x, by_layers = lax.scan(step, by_x, (params['layers'], layer_inputs), reverse=True)
+    shape, wide = (architecture.vocabulary, architecture.width), params['embedding'].dtype
+    by_embedding = lax.optimization_barrier(by_rows(shape, wide, inputs, by_x))
+    return loss, {
+        'embedding': summed('embedding', by_embedding),
+        'layers': by_layers,
+        'norm': by_norm,
+        'head': by_head,
+    }
 
 
 def logits(x: jax.Array, head: jax.Array) -> jax.Array:
     """Of every token, fp32 at least, [..., vocabulary], from the normed activations."""
-    wide = _at_least_fp32(x.dtype)
-    return jnp.dot(x, head.astype(x.dtype), precision=PRECISION, preferred_element_type=wide)
+    return wide_product('...w,wv->...v', x, head.astype(x.dtype))
 
 
-def losses(x: jax.Array, head: jax.Array, labels: jax.Array, at_a_time: int) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Of every token [tokens] in nats, from its logits [tokens, vocabulary] and its label.
+
+    The label is found by comparison; the gradient of an index would be a scatter.
+    """
+    is_label = labels[:, None] == jnp.arange(logits.shape[-1])[None]
+    of_label = jnp.where(is_label, logits, 0).sum(-1)
+    return jax.nn.logsumexp(logits, axis=-1) - of_label
+
+
+def losses(x: jax.Array, head: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy of every token in nats, without logits of all tokens at the same time.
 
     Args:
       x: [tokens, width], normed.
       head: [width, vocabulary].
       labels: int [tokens], the tokens that follow.
-      at_a_time: tokens whose logits are in memory; divides their number.
 
     Returns:
       fp32 at least, [tokens].
@@ -253,7 +364,18 @@ def losses(x: jax.Array, head: jax.Array, labels: jax.Array, at_a_time: int) -> 
     @jax.checkpoint
     def some(carry, chunk):
         x, labels = chunk
-        return carry, optax.softmax_cross_entropy_with_integer_labels(logits(x, head), labels)
+        return carry, cross_entropy(logits(x, head), labels)
 
-    chunks = x.reshape(-1, at_a_time, x.shape[-1]), labels.reshape(-1, at_a_time)
-    return lax.scan(some, None, chunks)[1].ravel()
+    return lax.scan(some, None, (_chunks(x), _chunks(labels)))[1].ravel()
+
+
+def sequence_losses(x: jax.Array, head: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean over each sequence's tokens, fp32 at least, [N].
+
+    Args:
+      x: [N, length, width], normed.
+      head: [width, vocabulary].
+      labels: int [N, length].
+    """
+    by_token = losses(x.reshape(labels.size, -1), head, labels.ravel())
+    return by_token.reshape(labels.shape).mean(1)

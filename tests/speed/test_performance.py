@@ -12,19 +12,18 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.sharding import Mesh
 
 import train_lib
 from models.resnet.batch_norm import BatchNorm
-from tests.harness import TinyBottleneck, model_for, plan_for, resolve
+from tests.harness import TinyBottleneck, equations, model_for, plan_for, resolve
 from training import compilation
 from workloads.resnet.task import ImageClassification
 
@@ -49,14 +48,6 @@ def parts(task_type=TinyBottleneck, num_classes=10, **overrides) -> tuple:
 def program_of(**overrides) -> Jaxpr:
     """The training step as it is traced."""
     return compilation.trace_train(*parts(**overrides)).jaxpr.jaxpr
-
-
-def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """All of a program, those within loops and calls included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def operations(name, **overrides) -> list[JaxprEqn]:

@@ -16,7 +16,7 @@ OPEN_COUNT = {'5.1.0': {"\"'epoch_num' in v['metadata']\"": "\"'samples_count' i
 def ruleset(config: LlamaConfig) -> Ruleset:
     """The rules, and what a log must state under 6.1.0.
 
-    Every device has the whole network, and what devices send each other are sums of gradients.
+    Every device computes whole layers, from weights that are gathered in fp32.
     """
     precision = PRECISIONS[config.dtype]
     facts = {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW as MLPerf has it for this benchmark, with its clipping and its schedule."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import optax
 
 import exact_sums
+from train_lib import AXIS
 from training.workload import Optimizer
 from workloads.llama31_8b.fields import LlamaConfig
+from workloads.llama31_8b.task import SPLIT
 
 CLIP_EPSILON = 1e-6
 
@@ -97,4 +100,5 @@ def create(config: LlamaConfig) -> Optimizer:
         weight_decay=config.weight_decay,
         decays=None if config.decay_norms else is_matrix,
     )
-    return Optimizer(optax.chain(clip(config.gradient_clip_norm), weights), schedule)
+    norm = functools.partial(exact_sums.norm, axis=AXIS, split=SPLIT)
+    return Optimizer(optax.chain(clip(config.gradient_clip_norm, norm), weights), schedule)

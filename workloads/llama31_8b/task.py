@@ -11,12 +11,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+import exact_sums
+from exact_sums import FixedPoint
 from models.llama import network
 from models.llama.architectures import Architecture
+from train_lib import AXIS
 
-# Tokens whose logits are in memory at the same time: 0.5 GiB of the benchmark's vocabulary.
-TOKENS_AT_A_TIME = 1024
+# All matrices, and which of their dimensions is the network's width.
+SPLIT = {
+    'params/embedding': 1,
+    'params/head': 0,
+    **{f'params/layers/{name}/kernel': 1 for name in ('query', 'key', 'value', 'gate', 'up')},
+    **{f'params/layers/{name}/kernel': 2 for name in ('output', 'down')},
+}
+
+
+def _dimension(name: str, path: Any) -> int | None:
+    """Along which dimension a weight is split; of 'layers' one layer's, without their axis."""
+    full = '/'.join(['params', name, *(key.key for key in path)])
+    dimension = SPLIT.get(full)
+    return dimension if dimension is None or name != 'layers' else dimension - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +64,51 @@ class LanguageModelling:
         """The model's variables {'params'}, drawn from `key`."""
         return {'params': network.init(key, self.architecture)}
 
-    def _losses(self, params: Any, tokens: jax.Array) -> jax.Array:
-        """The mean over each sequence's tokens, fp32 at least, [N]."""
-        dtype = jnp.dtype(self.dtype)
-        x = network.activations(params, tokens[:, :-1], self.architecture, dtype)
-        at_a_time = np.gcd(tokens.shape[0] * self.length, TOKENS_AT_A_TIME)
-        labels = tokens[:, 1:].ravel()
-        by_token = network.losses(x.reshape(labels.size, -1), params['head'], labels, at_a_time)
-        return by_token.reshape(-1, self.length).mean(1)
+    @property
+    def split(self) -> Mapping[str, int]:
+        """Every matrix along the width of the network, whichever of its sides that is."""
+        return SPLIT
 
-    def train_loss(self, variables: dict[str, Any], batch: dict[str, jax.Array]):
-        """Mean loss over the tokens of a training batch, in nats.
+    def _whole(self, name: str, weights: Any) -> Any:
+        """Whole weights from parts, if they are parts."""
+        width = self.architecture.width
 
-        Returns:
-          (loss, (metrics, {})): there are no statistics.
-        """
-        loss = self._losses(variables['params'], batch['tokens']).mean()
-        return loss, ({'loss': loss}, {})
+        def gather(path, part):
+            dimension = _dimension(name, path)
+            if dimension is None or part.shape[dimension] == width:
+                return part
+            return lax.all_gather(part, AXIS, axis=dimension, tiled=True)
+
+        return jax.tree_util.tree_map_with_path(gather, weights)
+
+    def gradient(
+        self,
+        variables: dict[str, Any],
+        batch: dict[str, jax.Array],
+        scale: jax.Array,
+        form: FixedPoint,
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """As `train_lib.Task`, of the mean loss over the batch's tokens, in nats."""
+
+        def summed(name, gradient):
+            def add_up(path, g):
+                dimension = _dimension(name, path)
+                if dimension is None:
+                    return g
+                return exact_sums.psum_scatter(g / scale, form, AXIS, dimension)
+
+            return jax.tree_util.tree_map_with_path(add_up, gradient)
+
+        loss, gradient = network.gradient(
+            variables['params'],
+            batch['tokens'],
+            self.architecture,
+            jnp.dtype(self.dtype),
+            scale,
+            self._whole,
+            summed,
+        )
+        return {'params': gradient}, {'loss': loss}
 
     def evaluate(self, variables: dict[str, Any], batch: dict[str, jax.Array]):
         """Every sequence's share in the sums over an evaluation set.
@@ -72,7 +116,11 @@ class LanguageModelling:
         Returns:
           {'loss': fp32, 'examples': bool}, [N]; nothing of one that only fills up the batch.
         """
-        losses = self._losses(variables['params'], batch['tokens'])
+        params, tokens = variables['params'], batch['tokens']
+        x = network.activations(
+            params, tokens[:, :-1], self.architecture, jnp.dtype(self.dtype), self._whole
+        )
+        losses = network.sequence_losses(x, self._whole('head', params['head']), tokens[:, 1:])
         return {
             'loss': jnp.where(batch['is_real'], losses, 0.0),
             'examples': batch['is_real'],

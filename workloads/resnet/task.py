@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from exact_sums import NOT_SPLIT, FixedPoint
 from models.resnet import network
+from train_lib import gradient_of
 from workloads.resnet.fields import ResNetConfig
 from workloads.resnet.images import PADDING_LABEL
 
@@ -51,6 +53,11 @@ class ImageClassification:
     def dtype(self) -> str:
         """Of activations."""
         return self.config.dtype
+
+    @property
+    def split(self) -> Mapping[str, int]:
+        """No variable is split over the devices."""
+        return NOT_SPLIT
 
     @property
     def model(self):
@@ -95,6 +102,17 @@ class ImageClassification:
         top1 = (logits.argmax(-1) == batch['label']).astype(jnp.float32)
         loss = losses.mean()
         return loss, ({'loss': loss, 'top1': top1.mean()}, updated)
+
+    def gradient(
+        self,
+        variables: dict[str, Any],
+        batch: dict[str, jax.Array],
+        scale: jax.Array,
+        form: FixedPoint,
+    ):
+        """As `train_lib.Task`: of `train_loss`."""
+        del form
+        return gradient_of(self.train_loss, variables, batch, scale)
 
     def evaluate(self, variables: dict[str, Any], batch: dict[str, jax.Array]):
         """Every example's share in the sums over an evaluation set; no label smoothing.

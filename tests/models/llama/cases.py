@@ -55,7 +55,7 @@ class Case:
         return rng.integers(0, c['vocab'], (c['batch'], c['length'] + 1))
 
 
-def loss(params, tokens, architecture, dtype, at_a_time=16):
+def loss(params, tokens, architecture, dtype):
     x = network.activations(params, tokens[:, :-1], architecture, dtype)
     flat = x.reshape(-1, x.shape[-1])
-    return network.losses(flat, params['head'], tokens[:, 1:].ravel(), at_a_time).mean()
+    return network.losses(flat, params['head'], tokens[:, 1:].ravel()).mean()

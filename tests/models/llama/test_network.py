@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network is Hugging Face's LlamaForCausalLM."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 
 from models.llama import network
 from models.llama.architectures import ARCHITECTURES, Architecture
+from tests.harness import equations
 from tests.models.llama.cases import FOLDER, NAMES, Case, loss
 from workloads.llama31_8b import hugging_face
 
@@ -50,7 +49,9 @@ def test_losses_and_gradients_are_the_official_ones(case, dtype, golden, close):
     with jax.enable_x64(dtype == 'float64'):
         params, tokens = case.params(dtype), case.tokens(0)
         value, gradient = jax.jit(
-            lambda p: jax.value_and_grad(loss)(p, tokens, case.architecture, jnp.dtype(dtype))
+            lambda p: network.gradient(
+                p, tokens, case.architecture, jnp.dtype(dtype), jnp.ones((), dtype)
+            )
         )(params)
     assert value.dtype == dtype
     expected = case.values[golden]
@@ -106,25 +107,17 @@ def small():
     return jax.tree.map(lambda x: np.asarray(5 * x, np.float64), params), tokens
 
 
-def test_the_written_out_gradient_is_that_of_the_layers(small):
-    params, _ = small
-    weights = {'params': params['layers']}
-    x, along = np.random.default_rng(3).standard_normal((2, 2, 8, SMALL.width))
+def test_the_written_out_gradient_is_that_of_the_loss(small):
+    params, tokens = small
+    dtype = jnp.dtype('float64')
     with jax.enable_x64(True):
-        layer = network.Layer(SMALL, jnp.dtype('float64'))
-
-        def plainly(weights, x):
-            for i in range(SMALL.layers):
-                x = layer.apply(jax.tree.map(lambda w, i=i: w[i], weights), x)
-            return x
-
-        def gradient(function):
-            return jax.jit(jax.grad(lambda w, x: jnp.sum(along * function(w, x)), (0, 1)))
-
-        expected = gradient(plainly)(weights, x)
-        found = gradient(functools.partial(network.through_layers, layer))(weights, x)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            assert np.abs(a - b).max() <= 1e-11 * np.abs(b).max()
+        expected = jax.jit(jax.value_and_grad(lambda p: loss(p, tokens, SMALL, dtype)))(params)
+        found = jax.jit(lambda p: network.gradient(p, tokens, SMALL, dtype, jnp.float64(1)))(params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.abs(b).max()),
+            found,
+            expected,
+        )
 
 
 def test_a_token_depends_on_none_that_follows(small):
@@ -139,16 +132,30 @@ def test_a_token_depends_on_none_that_follows(small):
     assert (a[:, 9] != b[:, 9]).any(-1).all()
 
 
-def test_losses_do_not_depend_on_how_many_are_computed_at_a_time(small):
+def gradient(params, tokens, dtype):
+    return network.gradient(params, tokens, SMALL, jnp.dtype(dtype), jnp.float32(1))
+
+
+def test_losses_do_not_depend_on_how_many_are_computed_at_a_time(small, monkeypatch):
+    found = []
+    for at_a_time in (1, 8, 32):
+        monkeypatch.setattr(network, 'TOKENS_AT_A_TIME', at_a_time)
+        with jax.enable_x64(True):
+            found.append(gradient(*small, 'float64'))
+    for each in found[1:]:
+        for a, b in zip(jax.tree.leaves(each), jax.tree.leaves(found[0]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_half_precision_multiplies_nothing_wider_and_nothing_is_scattered(small):
     params, tokens = small
-    with jax.enable_x64(True):
-        found = [
-            jax.value_and_grad(loss)(params, tokens, SMALL, jnp.dtype('float64'), at_a_time)
-            for at_a_time in (1, 8, 32)
-        ]
-        for each in found[1:]:
-            for a, b in zip(jax.tree.leaves(each), jax.tree.leaves(found[0]), strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+    params = jax.tree.map(np.float32, params)
+    program = jax.make_jaxpr(lambda p: gradient(p, tokens, 'bfloat16'))(params)
+    operations = list(equations(program.jaxpr))
+    products = [e for e in operations if e.primitive.name == 'dot_general']
+    assert len(products) > 20
+    assert {x.aval.dtype for e in products for x in e.invars} == {jnp.dtype('bfloat16')}
+    assert not [e for e in operations if 'scatter' in e.primitive.name]
 
 
 def test_half_precision_is_of_activations_alone(small):

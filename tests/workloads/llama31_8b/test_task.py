@@ -9,8 +9,10 @@ from jax.sharding import Mesh
 import exact_sums
 import train_lib
 from models.llama.architectures import Architecture
+from settings.errors import ConfigError
 from tests.workloads.llama31_8b.configurations import configure
 from training import compilation, metrics
+from training.workload import check_split
 from workloads.llama31_8b import optimizers
 from workloads.llama31_8b.task import LanguageModelling
 
@@ -32,14 +34,13 @@ def trained(devices, dtype, steps=STEPS):
     mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
     accumulation_steps = BATCH // devices
     transformation, schedule = optimizers.create(CONFIG)
-    optimizer = train_lib.accumulated(transformation, accumulation_steps, BATCH)
     task = LanguageModelling(SMALL, LENGTH, dtype)
+    optimizer = train_lib.accumulated(transformation, accumulation_steps, BATCH, task.split)
     model = train_lib.Model(task, optimizer, schedule, BATCH)
     programs = compilation.compile_steps(model, 1, mesh)
     saved = train_lib.initial_state(5, model)
-    state = compilation.replicate(
-        mesh, train_lib.from_saved(saved, train_lib.abstract_state(model))
-    )
+    state = train_lib.from_saved(saved, train_lib.abstract_state(model))
+    state = compilation.place(mesh, state, task.split)
     losses = []
     for step in range(steps):
         batch, micro = batch_of(step), []
@@ -61,6 +62,22 @@ def on_one_device(request):
 def test_training_does_not_depend_on_the_number_of_devices(on_one_device, devices):
     dtype, expected = on_one_device
     assert trained(devices, dtype) == expected
+
+
+def test_every_device_has_its_part_of_every_matrix():
+    task = LanguageModelling(SMALL, LENGTH, 'float32')
+    variables = task.init(jax.random.key(0))
+    mesh = Mesh(np.array(jax.devices()[:4]), (train_lib.AXIS,))
+    for name, x in exact_sums.named(compilation.place(mesh, variables, task.split)):
+        (part,) = {shard.data.size for shard in x.addressable_shards}
+        assert part == (x.size if name.endswith(('scale', 'norm')) else x.size / 4), name
+
+
+def test_devices_that_do_not_divide_the_width_are_rejected():
+    task = LanguageModelling(SMALL, LENGTH, 'float32')
+    check_split(task, 4)
+    with pytest.raises(ConfigError, match='cannot be split over 5 devices: take .* divides 64'):
+        check_split(task, 5)
 
 
 def test_the_first_loss_is_of_equal_probabilities(on_one_device):

@@ -122,7 +122,7 @@ def test_the_checker_accepts_its_log(finished, version, capsys):
     assert 'eval_accuracy' in words
 
 
-def test_other_devices_and_a_kill_change_nothing(finished, data_dir, tmp_path):
+def test_other_devices_processes_and_a_kill_change_nothing(finished, data_dir, tmp_path):
     share_programs(tmp_path)
     fields = SHORT | {'target_loss': 1.0, 'ruleset': '6.1.0', 'checkpoint_every_steps': 1}
     whole, killed = (Program(tmp_path / name, data_dir, **fields) for name in ('a', 'b'))
@@ -132,7 +132,7 @@ def test_other_devices_and_a_kill_change_nothing(finished, data_dir, tmp_path):
     killed.until(lambda: '  step 3/6' in killed.said())
     killed.process.kill()
     killed.wait()
-    assert killed.run(devices=2, more=more) == 1, killed.said()
+    assert killed.run(cpus=2, more=more) == 1, killed.said()
     assert 'resumed from step' in killed.said()
     assert is_same(whole.checkpoint(), killed.checkpoint())
     assert whole.accuracies() == killed.accuracies()

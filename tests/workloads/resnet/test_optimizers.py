@@ -129,8 +129,8 @@ def test_running_statistics_move_once_by_the_average():
     batch_means = [jnp.array([float(i), 10.0]) for i in range(4)]
     for mean in batch_means:
         sums = {
-            'params': FixedPoint(train_lib.LARGEST_GRADIENT, 4).encode(jnp.zeros(1)),
-            'batch_stats': FixedPoint(train_lib.LARGEST_VALUE, 4).encode(mean),
+            'params': {'': FixedPoint(train_lib.LARGEST_GRADIENT, 4).encode(jnp.zeros(1))},
+            'batch_stats': {'': FixedPoint(train_lib.LARGEST_VALUE, 4).encode(mean)},
         }
         updates, state = transform.update(sums, state, variables)
         variables = optax.apply_updates(variables, updates)
