@@ -24,17 +24,17 @@ CONFIG = configure(
 )  # fmt: skip
 
 
-def batch_of(step):
-    tokens = np.random.default_rng([11, step]).integers(0, SMALL.vocabulary, (BATCH, LENGTH + 1))
+def batch_of(step, length=LENGTH):
+    tokens = np.random.default_rng([11, step]).integers(0, SMALL.vocabulary, (BATCH, length + 1))
     return {'tokens': tokens.astype(np.int32), 'is_real': np.ones(BATCH, bool)}
 
 
-def trained(devices, dtype, steps=STEPS):
+def trained(devices, dtype, architecture=SMALL, length=LENGTH, steps=STEPS):
     """(fingerprint, losses) after some steps of micro-batches of one sequence."""
     mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
     accumulation_steps = BATCH // devices
     transformation, schedule = optimizers.create(CONFIG)
-    task = LanguageModelling(SMALL, LENGTH, dtype)
+    task = LanguageModelling(architecture, length, dtype)
     optimizer = train_lib.accumulated(transformation, accumulation_steps, BATCH, task.split)
     model = train_lib.Model(task, optimizer, schedule, BATCH)
     programs = compilation.compile_steps(model, 1, mesh)
@@ -43,7 +43,7 @@ def trained(devices, dtype, steps=STEPS):
     state = compilation.place(mesh, state, task.split)
     losses = []
     for step in range(steps):
-        batch, micro = batch_of(step), []
+        batch, micro = batch_of(step, length), []
         for i in range(accumulation_steps):
             part = {n: x[i * devices : (i + 1) * devices] for n, x in batch.items()}
             state, values = programs.train(state, compilation.split(mesh, part))
