@@ -169,7 +169,7 @@ class Progress:
             (1, f'step {step}/{self._plan.total_steps}'),
             (2, f'loss {values["loss"]:.4f}'),
             (5, f'rate {values["learning_rate"]:.4g}'),
-            (4, f'{values["examples_per_second"]:,.0f} {self._plan.course.examples}/s'),
+            (4, self._plan.course.speed(values['examples_per_second'])),
             (3, f'at most {_duration(pace * (self._plan.total_steps - step))} left'),
         ]
         if self._terminal:

@@ -105,6 +105,7 @@ class Course:
       examples_per_unit: of one such unit.
       examples: what the examples are called.
       ruleset: by which the run is judged.
+      parts: what an example consists of and of how many, if speed is told in these.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -113,6 +114,12 @@ class Course:
     examples_per_unit: int
     examples: str
     ruleset: Ruleset
+    parts: tuple[str, int] | None = None
+
+    def speed(self, examples_per_second: float) -> str:
+        """A speed in words."""
+        name, count = self.parts or (self.examples, 1)
+        return f'{examples_per_second * count:,.0f} {name}/s'
 
 
 @dataclasses.dataclass(frozen=True)

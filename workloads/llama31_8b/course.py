@@ -64,4 +64,5 @@ def create(config: LlamaConfig) -> Course:
         examples_per_unit=1,
         examples='sequences',
         ruleset=ruleset(config),
+        parts=('tokens', config.sequence_length),
     )

@@ -36,3 +36,7 @@ def test_a_run_without_an_evaluation_is_rejected():
     config = configure(division='open', max_steps=20, warmup_steps=16, decay_steps=4)
     with pytest.raises(ConfigError, match='max_steps=20 end before the first evaluation, .* 768'):
         course.create(config)
+
+
+def test_speed_is_told_in_tokens():
+    assert course.create(configure()).speed(1.5) == '12,288 tokens/s'
