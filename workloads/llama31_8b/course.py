@@ -16,13 +16,13 @@ OPEN_COUNT = {'5.1.0': {"\"'epoch_num' in v['metadata']\"": "\"'samples_count' i
 def ruleset(config: LlamaConfig) -> Ruleset:
     """The rules, and what a log must state under 6.1.0.
 
-    Every device computes whole layers, from weights that are gathered in fp32.
+    Every device computes whole layers, from weights gathered in the dtype of activations.
     """
     precision = PRECISIONS[config.dtype]
     facts = {
         'lowest_numerical_precision_in_linear': precision,
         'lowest_numerical_precision_in_attn': precision,
-        'lowest_numerical_precision_in_comm': 'fp32',
+        'lowest_numerical_precision_in_comm': precision,
         'tensor_parallelism': 1,
         'pipeline_parallelism': 1,
         'context_parallelism': 1,

@@ -70,12 +70,18 @@ class LanguageModelling:
         return SPLIT
 
     def _whole(self, name: str, weights: Any) -> Any:
-        """Whole weights from parts, if they are parts."""
-        width = self.architecture.width
+        """Whole weights from parts, if they are parts; matrices in the dtype of activations.
+
+        They would be rounded to it later; so devices send each other no more than they have to.
+        """
+        width, dtype = self.architecture.width, jnp.dtype(self.dtype)
 
         def gather(path, part):
             dimension = _dimension(name, path)
-            if dimension is None or part.shape[dimension] == width:
+            if dimension is None:
+                return part
+            part = part.astype(dtype)
+            if part.shape[dimension] == width:
                 return part
             return lax.all_gather(part, AXIS, axis=dimension, tiled=True)
 
@@ -95,7 +101,8 @@ class LanguageModelling:
                 dimension = _dimension(name, path)
                 if dimension is None:
                     return g
-                return exact_sums.psum_scatter(g / scale, form, AXIS, dimension)
+                wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+                return exact_sums.psum_scatter(wide / scale, form, AXIS, dimension)
 
             return jax.tree_util.tree_map_with_path(add_up, gradient)
 
