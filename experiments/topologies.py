@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the same run on many topologies: all must end with the same bits.
 
-    topologies.py [--data_dir=DIR] [--out=DIR] [PART ...]
+    topologies.py [--data_dir=DIR] [--out=DIR] [PART ...]      (default: all parts)
 
 digits, speeches: trains them to their target, by main.py, on 1 to 8 devices of a process, in
 several processes, on one core, and moved from one topology to the next on the way. bottlenecks: ten
@@ -131,7 +131,7 @@ def main() -> int:
     )
     parser.add_argument('--data_dir', type=Path, default=Path('data'))
     parts = (*MICRO_BATCHES, *STEPS_OF)
-    parser.add_argument('parts', metavar='PART', nargs='*', choices=parts, default=parts)
+    parser.add_argument('parts', nargs='*', choices=(*parts, 'all'), default='all')
     parser.add_argument('--out', type=Path, default=Path('runs/topologies'), help='is replaced')
     flags = parser.parse_args()
     jax.config.update('jax_platforms', 'cpu')
@@ -143,7 +143,7 @@ def main() -> int:
         to_target(part, out, flags.data_dir.resolve())
         if part in MICRO_BATCHES
         else STEPS_OF[part]()
-        for part in flags.parts
+        for part in (parts if 'all' in flags.parts else flags.parts)
     ]
     return 0 if all(agree) else 1
 
