@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The promise: what is computed depends on hyperparameters and seed, and on nothing else."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import Mesh
 
+import exact_sums
 import loss_scaling
 import train_lib
 from tests.harness import (
@@ -17,7 +23,7 @@ from tests.harness import (
     resolve,
     train,
 )
-from training import metrics
+from training import compilation, metrics
 
 BATCH, SPAN = 32, 4
 
@@ -199,3 +205,50 @@ def test_float16_scale_is_that_of_the_micro_batch_that_needs_the_smallest(digits
     first, second, third = (metrics['loss_scale'] for metrics in one.measured())
     assert first == loss_scaling.INITIAL_LOSS_SCALE > second == third
     assert_same(one, several)
+
+
+@dataclasses.dataclass(frozen=True)
+class InParts:
+    """A task of four arrays, two of them split, whose gradient is a number; of one a NaN."""
+
+    bad: str
+    dtype = 'float32'
+    split = types.MappingProxyType({'params/b': 0, 'params/d': 1})
+
+    def abstract_batch(self, examples):
+        return {'x': jax.ShapeDtypeStruct((examples,), np.float32)}
+
+    def init(self, key):
+        del key
+        shapes = {'a': (3,), 'b': (4, 2), 'c': (5,), 'd': (2, 4)}
+        return {'params': {name: jnp.ones(shape) for name, shape in shapes.items()}}
+
+    def gradient(self, variables, batch, scale, form):
+        del variables
+        gradient = self.init(None)['params']
+        for name, array in gradient.items():
+            array = array * batch['x'].mean() * scale
+            array = array * jnp.nan if name == self.bad else array
+            dimension = self.split.get(f'params/{name}')
+            if dimension is not None:
+                array = exact_sums.psum_scatter(array, form, train_lib.AXIS, dimension)
+            gradient[name] = array
+        return {'params': gradient}, {'loss': batch['x'].mean()}
+
+
+@pytest.mark.parametrize('bad', ['', 'a', 'b', 'c', 'd'])
+def test_split_arrays_move_like_whole_ones_and_what_is_not_finite_is_named(bad):
+    task, mesh = InParts(bad), Mesh(np.array(jax.devices()[:2]), (train_lib.AXIS,))
+    optimizer = train_lib.accumulated(optax.sgd(1.0), 1, 4, task.split)
+    model = train_lib.Model(task, optimizer, lambda step: 1.0, 4)
+    saved = train_lib.initial_state(0, model)
+    state = train_lib.from_saved(saved, train_lib.abstract_state(model))
+    state = compilation.place(mesh, state, task.split)
+    batch = compilation.split(mesh, {'x': np.arange(4, dtype=np.float32)})
+    after, _ = compilation.trace_train(model, 2, mesh).lower().compile()(state, batch)
+    names = metrics.rejected_names(after.variables, jax.device_get(after.rejected))
+    assert names == ([f'gradient of {bad}'] if bad else [])
+    # Of four micro-batches two are here, with means of 0.5 and 2.5.
+    expected = 1.0 if bad else 1.0 - (0.5 + 2.5) / 4
+    for name, x in after.variables['params'].items():
+        np.testing.assert_array_equal(x, np.full(x.shape, expected), err_msg=name)
