@@ -220,7 +220,7 @@ class InParts:
 
     def init(self, key):
         del key
-        shapes = {'a': (3,), 'b': (4, 2), 'c': (5,), 'd': (2, 4)}
+        shapes = {'a': (3,), 'b': (8, 2), 'c': (5,), 'd': (2, 4)}
         return {'params': {name: jnp.ones(shape) for name, shape in shapes.items()}}
 
     def gradient(self, variables, batch, scale, form):
