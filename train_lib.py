@@ -20,17 +20,17 @@ import numpy as np
 import optax
 from jax import lax
 
+import accumulation
 import exact_sums
 import loss_scaling
+from accumulation import packed
 from exact_sums import FixedPoint
 from loss_scaling import LossScale
 
 AXIS = 'data'
 
-# What an element of a micro-batch's gradient, of its statistics and its metrics, and the loss of an
-# evaluated example may be in magnitude. The smaller, the finer the sums: see `FixedPoint`.
-LARGEST_GRADIENT, LARGEST_VALUE = 2.0**12, 2.0**24
-EVALUATED = FixedPoint(2.0**16, 2**16)  # Of at most so many examples in a batch of all devices.
+# The loss of an evaluated example may be so large, and so many are in a batch of all devices.
+EVALUATED = FixedPoint(2.0**16, 2**16)
 
 Variables = dict[str, Any]  # {'params': …} and the collections of statistics, if there are any.
 
@@ -129,7 +129,7 @@ class Model(NamedTuple):
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a training step updates. Replicated over the devices.
+    """Everything that a training step updates.
 
     Attributes:
       variables: of the model, fp32; weights and running statistics.
@@ -149,91 +149,6 @@ class TrainState:
     def step(self) -> jax.Array:
         """Optimizer steps done, int32."""
         return self.opt_state.gradient_step
-
-
-def _formats(variables: Mapping[str, Any], micro_batches: int) -> dict[str, FixedPoint]:
-    """Of the sums over an optimizer step, by collection of the variables."""
-    return {
-        name: FixedPoint(LARGEST_GRADIENT if name == 'params' else LARGEST_VALUE, micro_batches)
-        for name in variables
-    }
-
-
-def metric_format(micro_batches: int) -> FixedPoint:
-    """Of the sums of the task's metrics over an optimizer step."""
-    return FixedPoint(LARGEST_VALUE, micro_batches)
-
-
-def _packed(kind: str, collection: Any, split: Mapping[str, int]) -> dict[str, Any]:
-    """A collection's arrays: the split ones by name, and the others as one vector, named ''.
-
-    Hundreds of small arrays would be as many kernels, several times.
-    """
-    arrays = exact_sums.named(collection)
-    whole = [x.ravel() for name, x in arrays if f'{kind}/{name}' not in split]
-    return {'': jnp.concatenate(whole)} | {n: x for n, x in arrays if f'{kind}/{n}' in split}
-
-
-def _unpacked(kind: str, packed: Mapping[str, Any], like: Any, split: Mapping[str, int]) -> Any:
-    """The inverse of `_packed`, for a collection of such shapes."""
-    arrays, start = [], 0
-    for name, x in exact_sums.named(like):
-        if f'{kind}/{name}' in split:
-            arrays.append(packed[name])
-        else:
-            arrays.append(packed[''][start : start + x.size].reshape(x.shape))
-            start += x.size
-    return jax.tree.unflatten(jax.tree.structure(like), arrays)
-
-
-def accumulated(
-    transformation: optax.GradientTransformation,
-    steps: int,
-    micro_batches: int,
-    split: Mapping[str, int] = exact_sums.NOT_SPLIT,
-) -> optax.GradientTransformation:
-    """An optimizer that is fed sums over the devices, and moves the variables every `steps` times.
-
-    Args:
-      transformation: is fed averages over the whole batch.
-      steps: micro-steps in an optimizer step.
-      micro_batches: in an optimizer step, over all devices and micro-steps.
-      split: as `Task.split`.
-
-    Returns:
-      `optax.MultiSteps` with an int64 accumulator: every collection of variables, `_packed`.
-    """
-    # Optax needs JAX's 64-bit types for integers, but what it accumulates for does not.
-    wide, default = jax.enable_x64(True), jax.enable_x64(jax.enable_x64.value)
-
-    @default
-    def update(sums, state, variables):
-        formats, means = _formats(variables, micro_batches), {}
-        for kind, collection in variables.items():
-            dtype = jnp.result_type(*jax.tree.leaves(collection))
-            mean = functools.partial(formats[kind].mean, dtype=dtype)
-            means[kind] = _unpacked(kind, jax.tree.map(mean, sums[kind]), collection, split)
-        return transformation.update(means, state, variables)
-
-    with wide:
-        multi_steps = optax.MultiSteps(
-            optax.GradientTransformation(default(transformation.init), update),
-            steps,
-            use_grad_mean=False,
-            accumulator_dtype=jnp.int64,
-        )
-
-    @wide
-    def init(variables):
-        zeros = {
-            kind: jax.tree.map(
-                lambda x: jnp.zeros(x.shape, jnp.int64), _packed(kind, collection, split)
-            )
-            for kind, collection in variables.items()
-        }
-        return multi_steps.init(variables)._replace(acc_grads=zeros)
-
-    return optax.GradientTransformation(init, wide(multi_steps.update))
 
 
 def init_key(seed: int) -> jax.Array:
@@ -296,53 +211,13 @@ def from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:
     )
 
 
-def _added_up(
-    packed: Variables, metrics: dict[str, jax.Array], model: Model, variables: Variables
-) -> tuple[Variables, dict[str, jax.Array], jax.Array, jax.Array]:
-    """Sums over the devices.
-
-    Args:
-      packed: every collection of `variables`, `_packed`: what this device adds, and each `Sum`.
-      metrics: what this device adds to each.
-      model, variables: what is learnt.
-
-    Returns:
-      (totals, metrics, rejected, largest): int64 in the structures of `packed` and `metrics`;
-      `TrainState.rejected` of these alone; the largest element of a gradient in magnitude.
-    """
-    formats, split = _formats(packed, model.micro_batches), model.task.split
-    vectors = {kind: arrays[''] for kind, arrays in packed.items()}
-    (totals, metrics), of_vectors, magnitudes = exact_sums.psum(
-        (vectors, metrics), (formats, metric_format(model.micro_batches)), AXIS
-    )
-    sums = {kind: {n: x for n, x in arrays.items() if n} for kind, arrays in packed.items()}
-    addends = exact_sums.largest_addends(sums, AXIS)
-    rejected, largest = [], jnp.float32(0)
-    for place, magnitude, kind in zip(of_vectors, magnitudes, sorted(packed), strict=False):
-        arrays = exact_sums.named(variables[kind])
-        sizes = [0 if f'{kind}/{name}' in split else x.size for name, x in arrays]
-        found = jnp.where(place > 0, 1 + (np.cumsum(sizes) < place).sum(dtype=jnp.int32), 0)
-        for number, (name, _) in enumerate(arrays, start=1):
-            if addend := addends[kind].get(name):
-                found = jnp.where(formats[kind].rejected(addend) > 0, number, found)
-                magnitude = jnp.maximum(magnitude, addend.value)
-        rejected.append(found)
-        largest = magnitude if kind == 'params' else largest
-    rejected.append(of_vectors[len(packed) :].max())
-    totals = {
-        kind: {'': totals[kind]} | {name: x.total for name, x in sums[kind].items()}
-        for kind in packed
-    }
-    return totals, metrics, jnp.stack(rejected), largest
-
-
 def train_step(
     state: TrainState, batch: Any, *, model: Model
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One micro-step; the last one of an optimizer step moves the weights.
 
     Args:
-      state: replicated; donated when compiled.
+      state: this device's parts, and all that is not split; donated when compiled.
       batch: one device's micro-batch.
       model: what is learnt.
 
@@ -352,20 +227,23 @@ def train_step(
     # Between the barriers is the same program for any number of devices and micro-steps; without
     # them XLA would fuse, and so round, differently.
     variables, batch = lax.optimization_barrier((state.variables, batch))
-    split, formats = model.task.split, _formats(variables, model.micro_batches)
+    split = model.task.split
+    form = accumulation.formats(variables, model.micro_batches)['params']
 
     def attempt(scale):
-        found, metrics = model.task.gradient(variables, batch, scale, formats['params'])
-        packed = {kind: _packed(kind, collection, split) for kind, collection in found.items()}
-        packed['params'][''] /= scale
-        return packed, metrics
+        found, metrics = model.task.gradient(variables, batch, scale, form)
+        addends = {kind: packed(kind, collection, split) for kind, collection in found.items()}
+        addends['params'][''] /= scale
+        return addends, metrics
 
     if model.task.dtype == 'float16':
         scale, found = loss_scaling.until_finite(attempt, state.loss_scale.value, AXIS)
     else:
         scale, found = state.loss_scale.value, attempt(state.loss_scale.value)
-    packed, metrics = lax.optimization_barrier(found)
-    total, metrics, rejected, largest = _added_up(packed, metrics, model, variables)
+    addends, metrics = lax.optimization_barrier(found)
+    total, metrics, rejected, largest = accumulation.added_up(
+        addends, metrics, variables, model.micro_batches, AXIS
+    )
     total = lax.optimization_barrier(total)
     rejected = jnp.maximum(state.rejected, rejected)
     updates, opt_state = model.optimizer.update(total, state.opt_state, state.variables)

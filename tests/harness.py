@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding
 
+import accumulation
 import train_lib
 from models.resnet.network import ResNet
 from settings import hyperparameters
@@ -74,7 +75,9 @@ def plan_for(config, *, num_train, num_eval=10, num_devices=1) -> Plan:
 def model_for(config, plan, task) -> train_lib.Model:
     """What a run learns, by another task than its own."""
     transformation, schedule = optimizers.create(config, plan)
-    optimizer = train_lib.accumulated(transformation, plan.accumulation_steps, plan.micro_batches)
+    optimizer = accumulation.accumulated(
+        transformation, plan.accumulation_steps, plan.micro_batches
+    )
     return train_lib.Model(task, optimizer, schedule, plan.micro_batches)
 
 

@@ -24,11 +24,13 @@ ARROWS = {
     'exact_sums': {'settings'},
     'input_pipeline': {'settings', 'exact_sums'},
     'loss_scaling': {'exact_sums'},
-    'train_lib': {'settings', 'exact_sums', 'loss_scaling'},
+    'accumulation': {'exact_sums'},
+    'train_lib': {'settings', 'exact_sums', 'loss_scaling', 'accumulation'},
     'models': {'models'},
     'run_files': {'settings', 'run_files', 'input_pipeline', 'train_lib'},
     'training': {
-        'settings', 'exact_sums', 'run_files', 'training', 'train_lib', 'input_pipeline',
+        'settings', 'exact_sums', 'accumulation', 'run_files', 'training', 'train_lib',
+        'input_pipeline',
     },
     'workloads': {
         'settings', 'exact_sums', 'run_files', 'training', 'train_lib', 'input_pipeline', 'models',
@@ -47,8 +49,8 @@ TRICKS = ('jax._src', 'sys.modules', 'sys.path', 'os._exit')
 WORDS = r'(image|top1|fc|resnet|llama)s?\d*'
 NAMES = r'bn_span|batch_stats'
 NEUTRAL = (
-    'training', 'run_files', 'reporting', 'settings', 'exact_sums', 'loss_scaling', 'train_lib',
-    'input_pipeline',
+    'training', 'run_files', 'reporting', 'settings', 'exact_sums', 'loss_scaling', 'accumulation',
+    'train_lib', 'input_pipeline',
 )  # fmt: skip
 
 

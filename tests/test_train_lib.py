@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
+import accumulation
 import exact_sums
 import loss_scaling
 import train_lib
@@ -239,7 +240,7 @@ class InParts:
 @pytest.mark.parametrize('bad', ['', 'a', 'b', 'c', 'd'])
 def test_split_arrays_move_like_whole_ones_and_what_is_not_finite_is_named(bad):
     task, mesh = InParts(bad), Mesh(np.array(jax.devices()[:2]), (train_lib.AXIS,))
-    optimizer = train_lib.accumulated(optax.sgd(1.0), 1, 4, task.split)
+    optimizer = accumulation.accumulated(optax.sgd(1.0), 1, 4, task.split)
     model = train_lib.Model(task, optimizer, lambda step: 1.0, 4)
     saved = train_lib.initial_state(0, model)
     state = train_lib.from_saved(saved, train_lib.abstract_state(model))

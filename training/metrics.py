@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 import exact_sums
-from train_lib import EVALUATED, Variables, metric_format
+from accumulation import metric_format
+from train_lib import EVALUATED, Variables
 
 
 def rejected_names(variables: Variables, rejected: Any) -> list[str]:

@@ -11,11 +11,12 @@ import jax
 import optax
 
 import exact_sums
+from accumulation import accumulated
 from input_pipeline import Pipeline, Share
 from settings.errors import ConfigError
 from settings.hyperparameters import Config
 from settings.plan import Course, Dataset, Plan, make_plan
-from train_lib import Model, Task, accumulated
+from train_lib import Model, Task
 
 
 class Optimizer(NamedTuple):

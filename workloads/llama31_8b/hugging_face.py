@@ -14,6 +14,7 @@ import numpy as np
 
 from models.llama import network
 from models.llama.architectures import ARCHITECTURES, Architecture
+from models.llama.layer import FACTOR, HIGHEST, LOWEST, NORM_EPSILON
 from settings.errors import CheckpointError
 from workloads.llama31_8b.fields import LONGEST_SEQUENCE
 
@@ -62,13 +63,13 @@ def config(architecture: Architecture, dtype: str) -> dict[str, Any]:
         'num_key_value_heads': architecture.key_value_heads,
         'head_dim': architecture.head_size,
         'hidden_act': 'silu',
-        'rms_norm_eps': network.NORM_EPSILON,
+        'rms_norm_eps': NORM_EPSILON,
         'rope_theta': architecture.rotary_base,
         'rope_scaling': {
             'rope_type': 'llama3',
-            'factor': network.FACTOR,
-            'low_freq_factor': network.LOWEST,
-            'high_freq_factor': network.HIGHEST,
+            'factor': FACTOR,
+            'low_freq_factor': LOWEST,
+            'high_freq_factor': HIGHEST,
             'original_max_position_embeddings': architecture.original_length,
         },
         'max_position_embeddings': LONGEST_SEQUENCE,

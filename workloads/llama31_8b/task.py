@@ -17,7 +17,7 @@ import exact_sums
 from exact_sums import FixedPoint
 from models.llama import network
 from models.llama.architectures import Architecture
-from train_lib import AXIS
+from train_lib import AXIS, Variables
 
 # All matrices, and which of their dimensions is the network's width.
 SPLIT = {
@@ -87,13 +87,7 @@ class LanguageModelling:
 
         return jax.tree_util.tree_map_with_path(gather, weights)
 
-    def gradient(
-        self,
-        variables: dict[str, Any],
-        batch: dict[str, jax.Array],
-        scale: jax.Array,
-        form: FixedPoint,
-    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    def gradient(self, variables: Variables, batch: Any, scale: jax.Array, form: FixedPoint):
         """As `train_lib.Task`, of the mean loss over the batch's tokens, in nats."""
 
         def summed(name, gradient):

@@ -15,7 +15,7 @@ import optax
 
 from exact_sums import NOT_SPLIT, FixedPoint
 from models.resnet import network
-from train_lib import gradient_of
+from train_lib import Variables, gradient_of
 from workloads.resnet.fields import ResNetConfig
 from workloads.resnet.images import PADDING_LABEL
 
@@ -103,13 +103,7 @@ class ImageClassification:
         loss = losses.mean()
         return loss, ({'loss': loss, 'top1': top1.mean()}, updated)
 
-    def gradient(
-        self,
-        variables: dict[str, Any],
-        batch: dict[str, jax.Array],
-        scale: jax.Array,
-        form: FixedPoint,
-    ):
+    def gradient(self, variables: Variables, batch: Any, scale: jax.Array, form: FixedPoint):
         """As `train_lib.Task`: of `train_loss`."""
         del form
         return gradient_of(self.train_loss, variables, batch, scale)

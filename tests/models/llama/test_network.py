@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.llama import network
+from models.llama import layer, network
 from models.llama.architectures import ARCHITECTURES, Architecture
 from tests.harness import equations
 from tests.models.llama.cases import FOLDER, NAMES, Case, loss
@@ -66,12 +66,12 @@ def test_losses_and_gradients_are_the_official_ones(case, dtype, golden, close):
 
 
 def test_rotary_frequencies_are_the_official_ones(case):
-    found = network.rotary_frequencies(case.architecture)
+    found = layer.rotary_frequencies(case.architecture)
     np.testing.assert_allclose(found, case.values['inv_freq_f64_own_rule'], rtol=1e-14)
 
 
 def test_most_of_the_benchmarks_frequencies_are_scaled_or_not():
-    frequencies = network.rotary_frequencies(ARCHITECTURES['llama31_8b'])
+    frequencies = layer.rotary_frequencies(ARCHITECTURES['llama31_8b'])
     plain = 500_000.0 ** (-np.arange(64) / 64)
     assert np.sum(frequencies == plain) == 29
     assert np.sum(frequencies == plain / 8) == 29

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+import accumulation
 import exact_sums
 import train_lib
 from models.llama.architectures import Architecture
@@ -35,7 +36,7 @@ def trained(devices, dtype, architecture=SMALL, length=LENGTH, steps=STEPS):
     accumulation_steps = BATCH // devices
     transformation, schedule = optimizers.create(CONFIG)
     task = LanguageModelling(architecture, length, dtype)
-    optimizer = train_lib.accumulated(transformation, accumulation_steps, BATCH, task.split)
+    optimizer = accumulation.accumulated(transformation, accumulation_steps, BATCH, task.split)
     model = train_lib.Model(task, optimizer, schedule, BATCH)
     programs = compilation.compile_steps(model, 1, mesh)
     saved = train_lib.initial_state(5, model)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-import train_lib
+import accumulation
 from exact_sums import FixedPoint
 from tests import harness
 from workloads.resnet import optimizers
@@ -122,15 +122,15 @@ def test_sgd_is_its_equation():
 def test_running_statistics_move_once_by_the_average():
     config = harness.resolve('digits', 'unused', optimizer='sgd', learning_rate=0.1)
     plan = harness.plan_for(config, num_train=1437)
-    transform = train_lib.accumulated(optimizers.create(config, plan).transformation, 4, 4)
+    transform = accumulation.accumulated(optimizers.create(config, plan).transformation, 4, 4)
     running = {'bn1': {'mean': jnp.array([1.0, 2.0])}}
     variables = {'params': {'fc': {'kernel': jnp.ones((1, 1))}}, 'batch_stats': running}
     state = transform.init(variables)
     batch_means = [jnp.array([float(i), 10.0]) for i in range(4)]
     for mean in batch_means:
         sums = {
-            'params': {'': FixedPoint(train_lib.LARGEST_GRADIENT, 4).encode(jnp.zeros(1))},
-            'batch_stats': {'': FixedPoint(train_lib.LARGEST_VALUE, 4).encode(mean)},
+            'params': {'': FixedPoint(accumulation.LARGEST_GRADIENT, 4).encode(jnp.zeros(1))},
+            'batch_stats': {'': FixedPoint(accumulation.LARGEST_VALUE, 4).encode(mean)},
         }
         updates, state = transform.update(sums, state, variables)
         variables = optax.apply_updates(variables, updates)
