@@ -16,7 +16,6 @@ import flax.serialization
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -167,16 +166,6 @@ def create_train_state(key: jax.Array, model: Model) -> TrainState:
     )
 
 
-def initial_state(seed: int, model: Model) -> dict[str, Any]:
-    """The state at step 0 as `to_saved`, host arrays, computed on this process's first device."""
-    # It runs once. Fully optimised, it would take a third of the time that a run takes to compile.
-    program = jax.jit(
-        lambda key: to_saved(create_train_state(key, model)),
-        compiler_options={'xla_backend_optimization_level': 1},
-    )
-    return jax.device_get(program(init_key(seed)))
-
-
 def abstract_state(model: Model) -> TrainState:
     """The state as shapes and dtypes."""
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -198,9 +187,10 @@ def to_saved(state: TrainState) -> dict[str, Any]:
     }
 
 
+@jax.enable_x64(True)  # For the integers of the accumulator.
 def from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:
     """The inverse of `to_saved`, for a run whose state has the shapes and dtypes of `template`."""
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), template)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), template)
     inner = flax.serialization.from_state_dict(zeros.opt_state.inner_opt_state, saved['opt_state'])
     scale = saved['loss_scale']
     return dataclasses.replace(

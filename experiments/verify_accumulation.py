@@ -90,12 +90,12 @@ class Experiment:
     def _micro_steps(self, seed: int) -> Iterator[tuple[train_lib.Variables, Any, float]]:
         """After every micro-step the variables, all that a checkpoint would hold, and the loss."""
         plan = self.plan
-        saved = train_lib.initial_state(seed, self.model)
         exact = self.way.implementation == 'this implementation'
-        state: Any = train_lib.from_saved(saved, train_lib.abstract_state(self.model))
+        state: Any = compilation.initial_state(seed, self.model, self.mesh)
         if not exact:
-            state = Plain(saved['variables'], jax.device_get(self._init(saved['variables'])))
-        state = compilation.place(self.mesh, state)
+            variables = jax.device_get(state.variables)
+            plain = Plain(variables, jax.device_get(self._init(variables)))
+            state = compilation.place(self.mesh, plain)
         micro_steps = plan.total_steps * plan.accumulation_steps
         for batch in self._batches(seed).train(0, micro_steps):
             on_devices = compilation.split(self.mesh, batch)
@@ -119,7 +119,7 @@ class Experiment:
                 kept.append(jax.tree.map(np.array, variables['params']))
             if k == 0 and step in ends:
                 tree = jax.tree.map(np.asarray, whole)
-                marks.append(exact_sums.shown(exact_sums.fingerprint_on_host(tree)))
+                marks.append(exact_sums.shown(exact_sums.fingerprints_on_host(tree)))
                 batches = self._batches(0).evaluation()
                 sums = evaluation.total(self.programs.evaluate, variables, batches, self.mesh)
                 assert sums is not None

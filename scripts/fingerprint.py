@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     for path in map(newest, parser.parse_args(arguments).paths):
         try:
             tree, _ = checkpointing.read(path)
-            mark = exact_sums.shown(exact_sums.fingerprint_on_host(tree))
+            mark = exact_sums.shown(exact_sums.fingerprints_on_host(tree))
             print(f'{mark}  step {int(tree["step"])}  {path}')
         except CheckpointError as error:
             print(f'error: {path}: {error}', file=sys.stderr)

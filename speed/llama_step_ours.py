@@ -47,10 +47,7 @@ def contestant(case: dict[str, Any]) -> tuple[dict[str, Any], contestants.Comman
     plan = plan_of(WORKLOAD, config, nowhere, devices)
     model, mesh = model_of(WORKLOAD, config, plan, nowhere), compilation.make_mesh()
     train = compilation.trace_train(model, plan.micro_batch_size, mesh).lower().compile()
-    state: Any = train_lib.from_saved(
-        train_lib.initial_state(1, model), train_lib.abstract_state(model)
-    )
-    state = compilation.place(mesh, state, model.task.split)
+    state: Any = compilation.initial_state(1, model, mesh)
     vocabulary = ARCHITECTURES[case['model']].vocabulary
     shape = (plan.micro_step_size, case['length'] + 1)
     tokens = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
@@ -67,7 +64,7 @@ def contestant(case: dict[str, Any]) -> tuple[dict[str, Any], contestants.Comman
 
     def fingerprint(_: int) -> str:
         saved = train_lib.to_saved(state)
-        return exact_sums.shown(jax.jit(exact_sums.fingerprint)(saved))
+        return exact_sums.shown(jax.jit(exact_sums.fingerprints)(saved))
 
     def memory(_: int) -> int:
         return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0)

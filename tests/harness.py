@@ -96,10 +96,7 @@ def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches
     plan = plan_for(config, num_train=num_train, num_eval=num_eval, num_devices=devices)
     model = model_for(config, plan, task_type(config, num_classes))
     programs = compilation.compile_steps(model, plan.micro_batch_size, mesh)
-    first = train_lib.from_saved(
-        train_lib.initial_state(config.seed, model), train_lib.abstract_state(model)
-    )
-    state = compilation.place(mesh, first)
+    state = compilation.initial_state(config.seed, model, mesh)
     micro_steps = steps * plan.accumulation_steps
     if batches is None:
         share = processes.local_share(mesh, plan.micro_step_size)

@@ -14,19 +14,28 @@ import jax
 import orbax.checkpoint as ocp
 
 from settings.errors import SaveError
-from training.checkpointing import first_line, signed
+from training import processes
+from training.checkpointing import first_line
+from training.processes import StartError
 
+PIECE = 2**22  # Bytes of an array that are compressed at once.
+FILE = 2**24  # Bytes of a file; TensorStore has as many in memory before it writes them.
 KEPT = 2  # The newest, and the one before it in case the newest is damaged.
 
 
 class CheckpointSaver:
-    """A run's checkpoints in `directory`; made by process 0 alone.
+    """A run's checkpoints in `directory`. Every process has one, and writes its own parts.
+
+    All methods but `close` are to be called by all processes at once.
 
     Args:
-      directory: is made if it is missing.
+      directory: is made if it is missing; all processes see it.
       report: receives a sentence for every error that does not end the run: a damaged checkpoint,
         a save that failed.
       damaged: checkpoints to put aside, as found by `find`: the run comes by these steps again.
+
+    Raises:
+      StartError: when a process does not see the directory.
     """
 
     def __init__(
@@ -36,16 +45,26 @@ class CheckpointSaver:
         damaged: Sequence[tuple[Path, str]] = (),
     ):
         self._directory, self._report = directory.resolve(), report
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for path, reason in damaged:
-            aside = _unused_path(path.with_name(f'damaged-{path.name}'))
-            path.rename(aside)
-            self._report(f'checkpoint {path} is damaged, and now called {aside.name}: {reason}')
+        processes.run_on_lead(lambda: self._prepare(damaged))
+        sees = processes.gathered(self._directory.is_dir())
+        if not all(sees):
+            raise StartError(
+                f'process {sees.index(False)} does not see {self._directory}, which process 0 has '
+                'made: every process writes a part of each checkpoint, so the work directory must '
+                'be on a file system that they share'
+            )
         self._manager = self._open()
         # Orbax has threads too, but starts them after half a second's work on 100 MB of weights.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')
         self._saving: concurrent.futures.Future | None = None
         self._last_save_ok = True  # True, too, while a save is running.
+
+    def _prepare(self, damaged: Sequence[tuple[Path, str]]) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path, reason in damaged:
+            aside = _unused_path(path.with_name(f'damaged-{path.name}'))
+            path.rename(aside)
+            self._report(f'checkpoint {path} is damaged, and now called {aside.name}: {reason}')
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -56,30 +75,39 @@ class CheckpointSaver:
                 enable_async_checkpointing=False,
                 cleanup_tmp_directories=True,
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    primary_host=0, active_processes={0}, barrier_sync_key_prefix='checkpoints'
+                    # Named, they wait for each other without their devices, which are training.
+                    active_processes=set(range(jax.process_count())),
+                    barrier_sync_key_prefix='checkpoints',
                 ),
             ),
         )
 
     def save(self, tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        """Starts writing a tree of host arrays and a JSON record; an earlier save ends first.
+        """Starts writing a tree (`compilation.on_host`) and a record; an earlier save ends first.
 
         A save that fails (a full disk) is reported, and the run continues.
         """
         self.wait()
+        if not all(processes.gathered(self._last_save_ok)):
+            self._reopen()
         step = int(tree['step'])
         self._last_save_ok = True
         if step in self._manager.all_steps():
             return
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        error = processes.broadcast(_reserve(self._directory, size) if processes.is_lead() else '')
+        if error:
+            self._failed(error)
+            return
         self._saving = self._thread.submit(self._write, step, tree, record)
 
     def _write(self, step: int, tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        _reserve(self._directory, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), tree)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree),
-                record=ocp.args.JsonSave(signed(record, tree)),
+                state=ocp.args.PyTreeSave(tree, save_args=pieces, ocdbt_target_data_file_size=FILE),
+                record=ocp.args.JsonSave(dict(record)),
             ),
         )
 
@@ -90,33 +118,40 @@ class CheckpointSaver:
             if saving:
                 saving.result()
         except Exception as error:
-            self._failed(error)
+            self._failed(first_line(error))
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: str) -> None:
         self._last_save_ok = False
-        self._report(f'a checkpoint could not be saved in {self._directory}: {first_line(error)}')
-        with contextlib.suppress(Exception):  # The failed save, which was reported already.
-            self._manager.close()
+        self._report(f'a checkpoint could not be saved in {self._directory}: {error}')
         if not self._directory.is_dir():
             raise SaveError(f'{self._directory} is gone: it was deleted while the run was using it')
-        self._manager = self._open()  # Removes what the failed save left behind.
+
+    def _reopen(self) -> None:
+        """Removes what a failed save left behind."""
+        with contextlib.suppress(Exception):  # The failed save, which was reported already.
+            self._manager.close()
+        self._manager = self._open()
 
     def close(self) -> bool:
-        """Waits for the last save and ends the thread; whether that save succeeded."""
+        """Waits for the last save and ends the thread; whether that save succeeded here."""
         self.wait()
         self._manager.close()
         self._thread.shutdown()
         return self._last_save_ok
 
 
-def _reserve(directory: Path, size: int) -> None:
-    """Checks that so many bytes can be written.
+def _reserve(directory: Path, size: int) -> str:
+    """Why so many bytes cannot be written; '' if they can.
 
     TensorStore prints a traceback for every array that a full disk or a quota keeps it from
-    writing; here it is one OSError.
+    writing; here it is one sentence.
     """
-    with tempfile.TemporaryFile(dir=directory) as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        return first_line(error)
+    return ''
 
 
 def _unused_path(path: Path) -> Path:

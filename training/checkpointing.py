@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of whole optimizer steps, with nothing in them about hardware.
 
-A checkpoint is a tree of NumPy arrays (weights, running statistics, optimizer state, step, loss
-scale) and a small JSON record (step, configuration with the seed, fingerprint), written with Orbax.
-Process 0 reads the newest good one at the start and the others receive it, so a run continues on
+A checkpoint is a tree of arrays (weights, running statistics, optimizer state, step, loss scale)
+and a small JSON record (step, configuration with the seed, fingerprints), as Orbax writes them.
+Arrays are read one by one and every process reads the parts that are its own, so a run continues on
 any number of devices and processes. `checkpoint_saver` writes them while a run trains.
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,139 +20,299 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
+from jax.sharding import Mesh
 
-from exact_sums import fingerprint_on_host, named, shown
+import exact_sums
+import train_lib
+from exact_sums import named, shown
 from settings.errors import CheckpointError
-from train_lib import TrainState, Variables, to_saved
+from train_lib import Model, Variables
+from training import compilation, processes
+
+PIECE = 2**28  # Bytes of an array that are judged at once.
 
 
-def check(tree: Mapping[str, Any], template: TrainState) -> None:
-    """Checks that a tree belongs to a run.
-
-    Args:
-      tree: as `train_lib.to_saved` makes it.
-      template: the run's state, as shapes and dtypes.
-
-    Raises:
-      CheckpointError: when an array is missing, left over, or of another shape or dtype.
-    """
-    ours, theirs = _described(to_saved(template)), _described(tree)
-    differ = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
-    if differ:
-        first = differ[0]
-        raise CheckpointError(
-            f'the checkpoint is of another model or optimizer: {len(differ)} arrays differ, the '
-            f'first is {first}: {theirs.get(first, "none")} there, {ours.get(first, "none")} here'
-        )
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """Weights and running statistics of a checkpoint, to start another run from.
+def check_weights(path: Path, ours: Variables, head: tuple[str, ...]) -> list[str]:
+    """Judges a checkpoint whose weights and running statistics are to start another run.
 
     Args:
-      path: a checkpoint, WORKDIR/checkpoints/STEP.
+      path: WORKDIR/checkpoints/STEP.
+      ours: the run's own variables, arrays or their shapes.
+      head: the start of the path of what may be of other shapes; the run then has it anew.
+
+    Returns:
+      The names of arrays that the run has anew, in `ours`.
 
     Raises:
-      CheckpointError: when it cannot be read, or holds values that are not finite.
+      CheckpointError: when it cannot be read, is of another model, or holds values that are not
+        finite.
     """
     try:
-        weights = read(path)[0]['variables']
+        stored = Stored(path)
+        theirs = {name: text for name, text in stored.described().items() if _is_weight(name)}
+        kept = {f'variables/{name}': text for name, text in _described(ours).items()}
+        differ = sorted(n for n in theirs | kept if theirs.get(n) != kept.get(n))
+        short = [name.removeprefix('variables/') for name in differ]
+        if [name for name in short if not name.startswith('/'.join((*head, '')))]:
+            raise CheckpointError(
+                f'it is a checkpoint of another model: {len(differ)} arrays differ, the first is '
+                f'{short[0]}'
+            )
+        wild = stored.check(theirs)
     except CheckpointError as error:
         raise CheckpointError(f'init_from={path}: {error}') from error
-    wild = [name for name, array in named(weights) if not np.isfinite(array).all()]
     if wild:
         raise CheckpointError(
             f'init_from={path}: values of {len(wild)} arrays are not finite (NaN or infinity): '
             f'{", ".join(wild[:3])}{", …" if len(wild) > 3 else ""}'
         )
-    return weights
+    return short if head and short else []
 
 
-def replace_weights(
-    path: Path, theirs: Variables, ours: Variables, head: tuple[str, ...]
-) -> tuple[Variables, list[str]]:
-    """The weights of another run in the place of our own.
+def weights(path: Path, ours: Variables) -> Variables:
+    """The variables of a checkpoint that `check_weights` has found good.
 
     Args:
-      path: where they are from.
-      theirs: from `read_weights`.
-      ours: the run's own initial variables, arrays or their shapes.
-      head: the start of the path of what may differ, and then stays as it is in `ours`.
-
-    Returns:
-      The variables, and the names of those that are ours.
-
-    Raises:
-      CheckpointError: when they are of another model.
+      path: WORKDIR/checkpoints/STEP.
+      ours: the run's own variables on the mesh, or shapes that say how they lie on it. An array of
+        another shape than the checkpoint's stays.
     """
-    a, b = _described(ours), _described(theirs)
-    differ = sorted(name for name in a | b if a.get(name) != b.get(name))
-    if [name for name in differ if not name.startswith('/'.join((*head, '')))]:
-        raise CheckpointError(
-            f'init_from={path} is a checkpoint of another model: {len(differ)} arrays differ, the '
-            f'first is {differ[0]}'
-        )
-    kept, own = traverse_util.flatten_dict(theirs), traverse_util.flatten_dict(ours)
-    is_head = {name: name[: len(head)] == head for name in own}
-    chosen = {name: own[name] if differ and is_head[name] else kept[name] for name in own}
-    return traverse_util.unflatten_dict(chosen), differ
+    stored = Stored(path)
+    theirs = stored.described()
+
+    def chosen(name, own):
+        same = theirs.get(f'variables/{name}') == _text(own)
+        return stored.placed(f'variables/{name}', own) if same else own
+
+    found = [chosen(name, own) for name, own in named(ours)]
+    return jax.tree.unflatten(jax.tree.structure(ours), found)
 
 
-def initial_weights(
-    path: Path, ours: Variables, head: tuple[str, ...]
-) -> tuple[Variables, list[str]]:
-    """`read_weights` and `replace_weights` in one."""
-    return replace_weights(path, read_weights(path), ours, head)
+def _is_weight(name: str) -> bool:
+    return name.startswith('variables/')
+
+
+def _text(x: Any) -> str:
+    return f'{np.dtype(x.dtype)}{list(x.shape)}'
 
 
 def _described(tree: Any) -> dict[str, str]:
-    return {name: f'{x.dtype}{list(x.shape)}' for name, x in named(tree)}
+    return {name: _text(x) for name, x in named(tree)}
 
 
-def signed(record: Mapping[str, Any], tree: Any) -> dict[str, Any]:
-    """A checkpoint's record with the fingerprint of its tree."""
-    return dict(record) | {'fingerprint': shown(fingerprint_on_host(tree))}
+def signed(
+    record: Mapping[str, Any], tree: Mapping[str, Any], marks: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """A checkpoint's record with the fingerprints of its arrays.
+
+    Args:
+      record: JSON.
+      tree: of arrays.
+      marks: `exact_sums.fingerprints` of the tree, if its arrays are not all NumPy's.
+    """
+    marks = exact_sums.fingerprints_on_host(tree) if marks is None else marks
+    each = {name: shown(mark) for (name, _), mark in zip(named(tree), marks, strict=True)}
+    return dict(record) | {'fingerprint': shown(marks), 'fingerprints': each}
+
+
+class Stored:
+    """A checkpoint on disk, WORKDIR/checkpoints/STEP. Its arrays are read one by one.
+
+    Raises:
+      CheckpointError: when it is missing or incomplete.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory.resolve()  # TensorStore takes no relative paths.
+        if not (self._directory / 'state').is_dir():
+            raise CheckpointError(
+                f'{self._directory} is no checkpoint: it has no folder "state". Name one, '
+                'WORKDIR/checkpoints/STEP'
+            )
+        try:
+            self.record = json.loads((self._directory / 'record' / 'metadata').read_text())
+            self._arrays, self._paths = self._opened()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise _unreadable(error) from error
+        if 'fingerprints' not in self.record:
+            raise CheckpointError(
+                'it is of an earlier version of this program, and has no fingerprints'
+            )
+
+    def _opened(self) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+        """TensorStore's arrays by name, and the paths of all leaves, empty subtrees too."""
+        state = self._directory / 'state'
+        entries = json.loads((state / '_METADATA').read_text())['tree_metadata'].values()
+        store = {'driver': 'ocdbt', 'base': f'file://{state}/'}
+        keys = tensorstore.KvStore.open(store).result().list().result()
+        present = {key.decode().removesuffix('/.zarray') for key in keys}
+        arrays, paths = {}, []
+        for entry in entries:
+            path = tuple(part['key'] for part in entry['key_metadata'])
+            paths.append(path)
+            if entry['value_metadata']['skip_deserialize']:  # An empty subtree.
+                continue
+            if '.'.join(path) not in present:
+                raise CheckpointError(f'it has no array {"/".join(path)}')
+            spec = {'driver': 'zarr', 'kvstore': store, 'path': f'{".".join(path)}/'}
+            arrays['/'.join(path)] = tensorstore.open(spec).result()
+        return arrays, paths
+
+    def described(self) -> dict[str, str]:
+        """The arrays' dtypes and shapes by name."""
+        return {
+            name: f'{array.dtype.numpy_dtype}{list(array.shape)}'
+            for name, array in self._arrays.items()
+        }
+
+    def _tree(self, leaf: Callable[[str], Any]) -> dict[str, Any]:
+        names = {path: '/'.join(path) for path in self._paths}
+        return traverse_util.unflatten_dict(
+            {path: leaf(name) if name in self._arrays else {} for path, name in names.items()}
+        )
+
+    def read(self, name: str, index: Any = ...) -> np.ndarray:
+        """An array, or a part of it."""
+        try:
+            return np.asarray(self._arrays[name][index].read().result())
+        except Exception as error:
+            raise _unreadable(error, name) from error
+
+    def placed(self, name: str, like: Any) -> jax.Array:
+        """An array on the devices as `like`, of which a process reads what its own devices hold."""
+        read = functools.partial(self.read, name)
+        return jax.make_array_from_callback(like.shape, like.sharding, read)
+
+    def tree(self) -> dict[str, Any]:
+        """All arrays, whole, on the host."""
+        return self._tree(self.read)
+
+    def check(self, names: Iterable[str]) -> list[str]:
+        """Reads arrays in pieces, and judges them; the names of those with values not finite.
+
+        Raises:
+          CheckpointError: when one is not what was written.
+        """
+        arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype.numpy_dtype)
+                  for name, a in self._arrays.items()}  # fmt: skip
+        tree = self._tree(arrays.__getitem__)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        firsts = exact_sums.first_places(tree, shapes)
+        first = {name: f for (name, _), f in zip(named(tree), firsts, strict=True)}
+        marks, wild = {}, []
+        for name in names:
+            total, finite, place = 0, True, first[name]
+            for piece in self._pieces(name):
+                total += exact_sums.words_on_host(piece, place)
+                finite &= bool(np.isfinite(piece).all())
+                place += np.uint64(piece.size)
+            marks[name] = shown(total % 2**64)
+            wild += [] if finite else [name.removeprefix('variables/')]
+        self.compare(marks)
+        return wild
+
+    def _pieces(self, name: str) -> Iterator[np.ndarray]:
+        """An array's elements in their order, in pieces of PIECE bytes, or of one row."""
+        shape = self._arrays[name].shape
+        if not shape:
+            yield self.read(name)
+            return
+        row = self._arrays[name].dtype.numpy_dtype.itemsize * math.prod(shape[1:])
+        rows = max(1, PIECE // max(1, row))
+        for start in range(0, shape[0], rows):
+            yield self.read(name, slice(start, min(start + rows, shape[0])))
+
+    def compare(self, marks: Mapping[str, str]) -> None:
+        """Raises CheckpointError unless arrays, by name, have the fingerprints of the record."""
+        written = self.record['fingerprints']
+        damaged = [name for name, mark in marks.items() if written.get(name) != mark]
+        if damaged:
+            raise CheckpointError(
+                f'{len(damaged)} of its arrays are not what was written, the first is {damaged[0]}'
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
     """What `find` found: the newest whole checkpoint's tree, None if there is no checkpoint.
 
-    `damaged` are newer ones that cannot be read, with the reason.
+    Attributes:
+      tree: as `train_lib.to_saved` makes it, on the devices.
+      step: optimizer steps that the run has done.
+      fingerprint: of the tree, as people see it.
+      damaged: newer ones that cannot be read, with the reason.
     """
 
-    tree: dict[str, Any] | None
+    tree: dict[str, Any] | None = None
+    step: int = 0
+    fingerprint: str = ''
     damaged: Sequence[tuple[Path, str]] = ()
 
-    @property
-    def step(self) -> int:
-        """Optimizer steps that the run has done."""
-        return 0 if self.tree is None else int(self.tree['step'])
 
-
-def find(directory: Path, template: TrainState) -> Found:
+def find(directory: Path, model: Model, mesh: Mesh) -> Found:
     """Reads the newest checkpoint in a run's directory that is whole; writes nothing.
+
+    All processes call it; each reads what its own devices hold.
+
+    Args:
+      directory: of checkpoints.
+      model: what the run learns.
+      mesh: of its devices.
 
     Raises:
       CheckpointError: when there are checkpoints and none can be read, or one that is of another
-        model than `template`.
+        model.
     """
-    directory, damaged = directory.resolve(), []
-    for step in steps(directory):
+    directory, fingerprints = directory.resolve(), None
+    damaged: list[tuple[Path, str]] = []
+    template = train_lib.abstract_state(model)
+    like = compilation.placed_shapes(mesh, train_lib.to_saved(template), model.task.split)
+    for step in processes.broadcast(steps(directory)):
         path = directory / str(step)
-        try:
-            tree, _ = read(path)
-        except CheckpointError as error:
-            damaged.append((path, str(error)))
-            continue
-        check(tree, template)
-        return Found(tree, damaged)
+        fingerprints = fingerprints or compilation.compile_fingerprints(model, mesh)
+        tree, record, problems = _on_devices(path, like, fingerprints)
+        if not problems:
+            return Found(tree, step, record['fingerprint'], damaged)
+        damaged.append((path, problems[0]))
     if damaged:
         raise CheckpointError(
             f'none of the checkpoints in {directory} can be read ({damaged[0][0].name}: '
             f'{damaged[0][1]}); start again in a new work directory'
         )
-    return Found(None)
+    return Found()
+
+
+def _on_devices(
+    path: Path, like: Any, fingerprints: Callable[[Any], jax.Array]
+) -> tuple[Any, Mapping[str, Any], list[str]]:
+    """A checkpoint's tree on the devices, its record, and what any process found wrong with it."""
+    tree, problem, stored = None, None, None
+    try:
+        stored = Stored(path)
+        theirs, ours = stored.described(), _described(like)
+        if theirs == ours:
+            arrays = [stored.placed(name, x) for name, x in named(like)]
+            tree = jax.tree.unflatten(jax.tree.structure(like), arrays)
+    except CheckpointError as error:
+        problem = str(error)
+    problems = [text for text in processes.gathered(problem) if text]
+    if problems or stored is None:
+        return None, {}, problems
+    if tree is None:
+        differ = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
+        raise CheckpointError(
+            f'the checkpoint is of another model or optimizer: {len(differ)} arrays differ, the '
+            f'first is {differ[0]}: {theirs.get(differ[0], "none")} there, '
+            f'{ours.get(differ[0], "none")} here'
+        )
+    marks = jax.device_get(fingerprints(tree))
+    try:
+        stored.compare({n: shown(mark) for (n, _), mark in zip(named(tree), marks, strict=True)})
+    except CheckpointError as error:
+        problems = [str(error)]
+    return tree, stored.record, problems
 
 
 def steps(directory: Path) -> list[int]:
@@ -166,76 +328,15 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       CheckpointError: when it is missing, or is not what was written.
     """
-    try:
-        directory = directory.resolve()  # Orbax takes no relative paths.
-        if not (directory / 'state').is_dir():
-            raise CheckpointError(
-                f'{directory} is no checkpoint: it has no folder "state". Name one, '
-                'WORKDIR/checkpoints/STEP'
-            )
-        _read_one_by_one(directory / 'state')
-        restored = _restore(directory)
-        tree, record = jax.tree.map(np.asarray, restored['state']), restored['record']
-        if 'fingerprint' not in record:
-            raise CheckpointError(
-                'it is of an earlier version of this program, and has no fingerprint'
-            )
-        whole = signed(record, tree) == record
-    except CheckpointError:
-        raise
-    except Exception as error:  # Orbax, TensorStore and JSON have many for a damaged file.
-        raise CheckpointError(f'it cannot be read: {first_line(error)}') from error
-    if not whole:
-        raise CheckpointError('its fingerprint is not the one that was written')
-    return tree, record
+    stored = Stored(directory)
+    tree = stored.tree()
+    stored.compare(signed({}, tree)['fingerprints'])
+    return tree, stored.record
 
 
-def _read_one_by_one(directory: Path) -> None:
-    """Reads every array of a checkpoint's state once, and raises what keeps one from being read.
-
-    Orbax reads them all at once, and for every one that is still on its way when another fails,
-    TensorStore prints a traceback.
-    """
-    named = json.loads((directory / '_METADATA').read_text())['tree_metadata'].values()
-    missing = {
-        '.'.join(part['key'] for part in entry['key_metadata'])
-        for entry in named
-        if not entry['value_metadata']['skip_deserialize']  # An empty subtree.
-    }
-    store = {'driver': 'ocdbt', 'base': f'file://{directory}/'}
-    for key in tensorstore.KvStore.open(store).result().list().result():
-        name, _, file = key.decode().rpartition('/')
-        if file == '.zarray':
-            array = {'driver': 'zarr', 'kvstore': store, 'path': f'{name}/'}
-            tensorstore.open(array).result().read().result()
-            missing.discard(name)
-    if missing:
-        raise CheckpointError(f'it has no array {min(missing)}')
-
-
-def _restore(directory: Path) -> Mapping[str, Any]:
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(  # Else Orbax waits for the other processes.
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'read-{me}'
-    )
-    with ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(
-            state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-            record=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
-        ),
-        multiprocessing_options=alone,
-    ) as checkpointer:
-        abstract = checkpointer.metadata(directory).item_metadata['state']
-        return checkpointer.restore(
-            directory,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(
-                    jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(abstract))
-                ),
-                record=ocp.args.JsonRestore(),
-            ),
-        )
+def _unreadable(error: Exception, name: str = '') -> CheckpointError:
+    what = f'{name} of it' if name else 'it'
+    return CheckpointError(f'{what} cannot be read: {first_line(error)}')
 
 
 def write(directory: Path, tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import exact_sums
 import train_lib
-from train_lib import AXIS, Model, Task
+from train_lib import AXIS, Model, Task, TrainState
 
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
 
@@ -23,7 +22,7 @@ REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
 class Programs(NamedTuple):
     """A run's compiled programs.
 
-    `train(state, batch)`, `evaluate(variables, batch)` and `fingerprint(train_lib.to_saved(state))`
+    `train(state, batch)`, `evaluate(variables, batch)`, `fingerprints(train_lib.to_saved(state))`
     take and give arrays on the mesh: batches split along their first axis, variables and what
     belongs to them as `Task.split` says, all else replicated.
     """
@@ -31,7 +30,7 @@ class Programs(NamedTuple):
     mesh: Mesh
     train: jax.stages.Compiled
     evaluate: jax.stages.Compiled
-    fingerprint: jax.stages.Compiled
+    fingerprints: jax.stages.Compiled
 
 
 def make_mesh() -> Mesh:
@@ -79,15 +78,45 @@ def place(mesh: Mesh, tree: Any, split: Mapping[str, int] = exact_sums.NOT_SPLIT
         return jax.tree.map(put, tree, specs(tree, split))
 
 
-def gathered(tree: Any) -> Any:
-    """A tree whose arrays each process can read; a collective if some are split over processes."""
+def on_host(tree: Any) -> Any:
+    """A copy of arrays on the mesh in host memory, which stays as it is when they are donated."""
+    where = jax.tree.map(lambda x: x.sharding.with_memory_kind('pinned_host'), tree)
+    return jax.block_until_ready(jax.device_put(tree, where))
 
-    def readable(x):
-        if x.is_fully_addressable or x.is_fully_replicated:
-            return x
-        return multihost_utils.process_allgather(x, tiled=True)
 
-    return jax.tree.map(readable, tree)
+def placed_shapes(mesh: Mesh, tree: Any, split: Mapping[str, int]) -> Any:
+    """Shapes of arrays with how they lie on the mesh; see `specs`."""
+    return _placed(mesh, specs(tree, split), tree)
+
+
+def _on_mesh(function: Callable, argument: Any, model: Model, mesh: Mesh, **options: Any) -> Any:
+    """A state that a function makes, in parts: never whole in one place."""
+    shapes = placed_shapes(mesh, train_lib.abstract_state(model), model.task.split)
+    inside = jax.enable_x64(jax.enable_x64.value)(function)
+    with jax.enable_x64(True):  # Else 64-bit integers would be cut to 32 bits.
+        shardings = jax.tree.map(lambda s: s.sharding, shapes)
+        return jax.jit(inside, out_shardings=shardings, **options)(argument)
+
+
+def initial_state(seed: int, model: Model, mesh: Mesh) -> TrainState:
+    """A run's state at step 0, on the mesh."""
+
+    def create(key):
+        return train_lib.create_train_state(jax.random.wrap_key_data(key), model)
+
+    # It runs once. Fully optimised, it would take a third of the time that a run takes to compile.
+    quick = {'xla_backend_optimization_level': 1}
+    key = np.asarray(jax.random.key_data(train_lib.init_key(seed)))
+    return _on_mesh(create, key, model, mesh, compiler_options=quick)
+
+
+def resumed_state(saved: Any, model: Model, mesh: Mesh) -> TrainState:
+    """The state that a checkpoint holds; `saved`: as `train_lib.to_saved`, on the mesh; donated."""
+
+    def resume(saved):
+        return train_lib.from_saved(saved, train_lib.abstract_state(model))
+
+    return _on_mesh(resume, saved, model, mesh, donate_argnums=0)
 
 
 def lifted(
@@ -148,16 +177,17 @@ def trace_evaluate(task: Task, micro_batch_size: int, mesh: Mesh) -> jax.stages.
     )
 
 
-def _trace_fingerprint(model: Model, mesh: Mesh) -> jax.stages.Traced:
+def compile_fingerprints(model: Model, mesh: Mesh) -> jax.stages.Compiled:
+    """The program for the fingerprints of a state's arrays, as `train_lib.to_saved` has them."""
     saved, split = train_lib.to_saved(train_lib.abstract_state(model)), model.task.split
     dimensions = {name: _dimension(name, split) for name, _ in exact_sums.named(saved)}
     of_parts = functools.partial(
-        exact_sums.fingerprint,
+        exact_sums.fingerprints,
         axis=AXIS,
         split={name: d for name, d in dimensions.items() if d is not None},
     )
     where = specs(saved, split)
-    return lifted(of_parts, mesh, (where,)).trace(_placed(mesh, where, saved))
+    return lifted(of_parts, mesh, (where,)).lower(_placed(mesh, where, saved)).compile()
 
 
 def compile_steps(model: Model, micro_batch_size: int, mesh: Mesh) -> Programs:
@@ -166,5 +196,5 @@ def compile_steps(model: Model, micro_batch_size: int, mesh: Mesh) -> Programs:
         mesh,
         trace_train(model, micro_batch_size, mesh).lower().compile(),
         trace_evaluate(model.task, micro_batch_size, mesh).lower().compile(),
-        _trace_fingerprint(model, mesh).lower().compile(),
+        compile_fingerprints(model, mesh),
     )

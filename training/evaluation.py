@@ -89,22 +89,21 @@ def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, 
     )
     check_split(task, mesh.size)
     shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), dict(shapes))
+    like = compilation.placed_shapes(mesh, dict(shapes), task.split)
 
-    def read() -> train_lib.Variables:
-        weights, replaced = checkpointing.initial_weights(path, zeros, workload.head)
+    def check() -> None:
+        replaced = checkpointing.check_weights(path, like, workload.head)
         if replaced:
             raise CheckpointError(
                 f'{path} is not for {dataset.name}: {", ".join(replaced)} have another shape; '
                 'there is nothing to evaluate'
             )
-        return weights
 
-    weights = processes.broadcast_from_lead(processes.run_on_lead(read) or zeros)
+    processes.run_on_lead(check)
     share = processes.local_share(mesh, mesh.size * config.micro_batch_size)
     sums = total(
         compilation.trace_evaluate(task, config.micro_batch_size, mesh).lower().compile(),
-        compilation.place(mesh, weights, task.split),
+        checkpointing.weights(path, like),
         workload.pipeline(config, dataset, None, share).evaluation(),
         mesh,
     )

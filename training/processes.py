@@ -207,6 +207,22 @@ def broadcast(value: Any) -> Any:
     )
 
 
+def gathered(value: Any) -> list[Any]:
+    """Every process's value, anything that JSON can hold, by its index; in every process."""
+    if not is_several():
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(text.size))
+    padded = np.pad(text, (0, int(sizes.max()) - text.size))
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have come here."""
+    multihost_utils.sync_global_devices('wait_for_all')
+
+
 def seed_from_lead(seed: int | None) -> int:
     """The run's seed, in [0, 2^63): process 0's, or drawn there from the system's entropy."""
     return broadcast(int.from_bytes(os.urandom(8), 'little') >> 1 if seed is None else seed)

@@ -12,9 +12,7 @@ import time
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 
-import exact_sums
 import train_lib
 from input_pipeline import Pipeline
 from run_files.mlperf_log import EventLog
@@ -24,7 +22,7 @@ from settings.errors import FailedError, Outcome, SaveError
 from settings.hyperparameters import Config
 from settings.plan import Evaluation, Plan
 from train_lib import Model, TrainState
-from training import compilation, evaluation, metrics, processes
+from training import checkpointing, compilation, evaluation, metrics, processes
 from training.checkpoint_saver import CheckpointSaver
 from training.compilation import Programs
 from training.device_feed import Clock, on_devices
@@ -44,7 +42,7 @@ _DIVERGED = (
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of once it is set up; only process 0 has a saver."""
+    """What a run is made of once it is set up."""
 
     config: Config
     plan: Plan
@@ -53,7 +51,7 @@ class Parts:
     pipeline: Pipeline
     log: EventLog
     progress: Progress
-    saver: CheckpointSaver | None
+    saver: CheckpointSaver
     stop: StopRequest
     trace: Trace
     watchdog: Watchdog
@@ -69,6 +67,7 @@ class Run:
         self._laps: list[Mapping[str, float]] = []
         self._clock = Clock()
         self._stopped = False
+        self._fingerprint = ''  # Of the state that was saved last.
 
     def train_block(self, last_step: int) -> None:
         """Trains up to a step, or until the run is asked to stop."""
@@ -136,13 +135,13 @@ class Run:
         """Starts saving the state in the background; the seconds that this held up the run."""
         parts, before = self.parts, time.monotonic()
         self._drain()
-        readable = compilation.gathered(train_lib.to_saved(self.state))
-        if parts.saver:
-            tree = jax.device_get(readable)
-            if jax.default_backend() == 'cpu':  # It is the memory that the next step overwrites.
-                tree = jax.tree.map(np.array, tree)
-            parts.log.sync()  # A checkpoint never outlives what was logged before it.
-            parts.saver.save(tree, {'step': self.step, 'config': dataclasses.asdict(parts.config)})
+        saved = train_lib.to_saved(self.state)
+        marks = jax.device_get(parts.programs.fingerprints(saved))
+        about = {'step': self.step, 'config': dataclasses.asdict(parts.config)}
+        record = checkpointing.signed(about, saved, marks)
+        self._fingerprint = record['fingerprint']
+        parts.log.sync()  # A checkpoint never outlives what was logged before it.
+        parts.saver.save(compilation.on_host(saved), record)
         parts.watchdog.beat(f'the checkpoint of step {self.step}')
         return time.monotonic() - before
 
@@ -164,7 +163,6 @@ class Run:
         log, target = self.parts.log, self.parts.plan.target
         saving = self.save()
         before = time.monotonic()
-        fingerprint = self.parts.programs.fingerprint(train_lib.to_saved(self.state))
         log.eval_start(at)
         result = self.evaluate()
         if result is None:
@@ -172,7 +170,7 @@ class Run:
         # If a run was killed here, the log holds what it had found, and that counts.
         result[target.metric] = log.eval_stop(at, result[target.metric])
         times = {'eval_seconds': time.monotonic() - before, 'checkpoint_seconds': saving}
-        self.parts.progress.evaluation(at, result | times, exact_sums.shown(fingerprint))
+        self.parts.progress.evaluation(at, result | times, self._fingerprint)
         return processes.broadcast(target.is_met(result[target.metric]))
 
     def _blocks(self) -> Outcome:
@@ -203,8 +201,7 @@ class Run:
         try:
             outcome = self._blocks()
         finally:  # Whatever ended it, a checkpoint that is being written is still finished.
-            if parts.saver:
-                saved = parts.saver.close()
+            saved = parts.saver.close()
             parts.trace.end(self.state)
             parts.progress.close()
             parts.watchdog.stop()

@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
+from jax.sharding import Mesh
 
-import exact_sums
 import train_lib
 from run_files import banner, log_check, work_directory
 from run_files.mlperf_log import EventLog
@@ -24,10 +23,10 @@ from settings.errors import Outcome
 from settings.hyperparameters import Config
 from settings.plan import Dataset, Plan
 from train_lib import Model
-from training import compilation, processes, start
+from training import checkpointing, compilation, processes, start
 from training.checkpoint_saver import CheckpointSaver
+from training.checkpointing import Found
 from training.run import Parts, Run
-from training.start import Start
 from training.stop_request import StopRequest
 from training.watchdog import Watchdog
 from training.workload import Workload, model_of, plan_of
@@ -41,23 +40,20 @@ def set_up(
     model: Model,
     workdir: Path,
     log: EventLog,
-    begin: Start,
+    found: Found,
+    mesh: Mesh,
     profile: tuple[int, int] | None = None,
 ) -> Run:
     """Compiles a run's programs, and puts the state that it starts from on the devices."""
-    template, step = train_lib.abstract_state(model), begin.found.step
+    template, step = train_lib.abstract_state(model), found.step
     shown = processes.run_on_lead(lambda: Progress(workdir, plan, step))
     progress = shown or Progress(None, plan, 0)
-    saver = processes.run_on_lead(
-        lambda: CheckpointSaver(workdir / 'checkpoints', progress.say, begin.found.damaged)
-    )
-    found = begin.found.tree
-    mark = '' if found is None else exact_sums.shown(exact_sums.fingerprint_on_host(found))
+    saver = CheckpointSaver(workdir / 'checkpoints', progress.say, found.damaged)
+    mark = found.fingerprint
     for line in banner.lines(config, plan, dataset.digest, template.variables, workdir, step, mark):
         progress.say(line)
     before = time.monotonic()
     progress.say('compiling …')
-    mesh = compilation.make_mesh()
     programs = compilation.compile_steps(model, plan.micro_batch_size, mesh)
     progress.say(f'compiled in {time.monotonic() - before:.1f} s')
     assert config.seed is not None
@@ -72,14 +68,10 @@ def set_up(
         progress=progress,
         saver=saver,
         stop=StopRequest(mesh),
-        trace=Trace(workdir / 'profile', profile if saver else None, progress.say),
+        trace=Trace(workdir / 'profile', profile if processes.is_lead() else None, progress.say),
         watchdog=Watchdog(config.stall_seconds),
     )
-    tree = processes.run_on_lead(lambda: begin.saved(config, model, workload.head)) or jax.tree.map(
-        lambda s: np.zeros(s.shape, s.dtype), train_lib.to_saved(template)
-    )
-    state = train_lib.from_saved(processes.broadcast_from_lead(tree), template)
-    return Run(parts, compilation.place(mesh, state, model.task.split))
+    return Run(parts, start.state(found, config, model, mesh))
 
 
 def train_and_evaluate(
@@ -106,9 +98,8 @@ def train_and_evaluate(
     model = model_of(workload, config, plan, dataset)
     template = train_lib.abstract_state(model)
     is_new = not (workdir / 'config.json').exists()
-    weights = processes.run_on_lead(
-        lambda: start.read_weights(config, template, workload.head) if is_new else None
-    )
+    if is_new:
+        processes.run_on_lead(lambda: start.check_weights(config, template, workload.head))
     recorded = processes.run_on_lead(lambda: work_directory.open_for(config, dataset, workdir))
     seed = processes.seed_from_lead(config.seed if recorded is None else recorded)
     config = dataclasses.replace(config, seed=seed)
@@ -117,18 +108,19 @@ def train_and_evaluate(
     status = processes.broadcast(log.status)
     if status:
         return Outcome.REACHED if status == 'success' else Outcome.MISSED
-    begin = processes.run_on_lead(
-        lambda: start.read(config, plan, template, workload.head, workdir, log, weights)
+    mesh = compilation.make_mesh()
+    found = checkpointing.find(workdir / 'checkpoints', model, mesh)
+    step = found.step
+    processes.run_on_lead(
+        lambda: start.check(step, config, plan, template, workload.head, log, is_new)
     )
     processes.run_on_lead(lambda: work_directory.record(config, dataset, workdir))
 
     log.cache_clear(config.drop_page_cache)
     log.init_start()
     log.header(config, plan)
-    run = set_up(
-        workload, config, plan, dataset, model, workdir, log, begin or start.NOTHING, profile
-    )
-    del begin  # Its arrays are on the devices now.
+    run = set_up(workload, config, plan, dataset, model, workdir, log, found, mesh, profile)
+    processes.wait_for_all()  # One may have compiled for longer than the others.
     log.init_stop()
     log.run_start()
     run.parts.stop.listen()

@@ -10,7 +10,7 @@ import pytest
 
 from tests import harness
 from tests.end_to_end import program as programs
-from training import checkpointing
+from training import checkpointing, compilation
 
 pytestmark = pytest.mark.slow
 
@@ -76,13 +76,14 @@ def test_an_imported_checkpoint_starts_a_run(reached, digits_dir, tmp_path):
         tmp_path / 'imported', {'variables': tree['variables'], 'step': np.int32(0)}, {}
     )
     head = ('params', 'fc')
-    weights, new = checkpointing.initial_weights(tmp_path / 'imported', ours, head)
+    path, mesh = tmp_path / 'imported', compilation.make_mesh()
+    assert checkpointing.check_weights(path, ours, head) == []
+    weights = checkpointing.weights(path, compilation.place(mesh, ours))
     assert harness.is_same(weights, tree['variables'])
-    assert new == []
     ours['params']['fc'] = {'kernel': np.zeros((256, 3), np.float32),
                             'bias': np.zeros(3, np.float32)}  # fmt: skip
-    weights, new = checkpointing.initial_weights(tmp_path / 'imported', ours, head)
-    assert sorted(new) == ['params/fc/bias', 'params/fc/kernel']
+    assert checkpointing.check_weights(path, ours, head) == ['params/fc/bias', 'params/fc/kernel']
+    weights = checkpointing.weights(path, compilation.place(mesh, ours))
     assert harness.is_same(weights['params']['fc'], ours['params']['fc'])
     assert harness.is_same(weights['batch_stats'], tree['variables']['batch_stats'])
     programs.share_programs(tmp_path)

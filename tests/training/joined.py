@@ -39,6 +39,8 @@ def agrees():
     halves = np.array(divmod(processes.seed_from_lead(None), 2**32), np.uint32)
     assert np.ptp(multihost_utils.process_allgather(halves), axis=0).tolist() == [0, 0]
     assert processes.run_on_lead(lambda: 7) == (7 if lead else None)
+    me, count = jax.process_index(), jax.process_count()
+    assert processes.gathered('x' * me) == ['x' * i for i in range(count)]
     try:
         processes.run_on_lead(lambda: 1 // 0)
     except ZeroDivisionError:

@@ -2,27 +2,47 @@
 """Checkpoints come back bit for bit or not at all, and hold nothing about hardware."""
 
 import errno
+import json
 import os
 import shutil
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import Mesh
 
+import accumulation
+import exact_sums
 import train_lib
+from models.llama.architectures import Architecture
 from settings.errors import CheckpointError, SaveError
 from tests import harness
-from training import checkpointing
+from training import checkpointing, compilation
 from training.checkpoint_saver import CheckpointSaver
+from workloads.llama31_8b.task import LanguageModelling
 from workloads.resnet.task import ImageClassification
 
 
-def template(*, devices=1, **overrides):
+def model_of(*, devices=1, **overrides):
     config = harness.resolve('digits', 'nowhere', **overrides)
     plan = harness.plan_for(config, num_train=1437, num_eval=360, num_devices=devices)
-    model = harness.model_for(config, plan, ImageClassification(config, 10))
-    return train_lib.abstract_state(model)
+    return harness.model_for(config, plan, ImageClassification(config, 10))
+
+
+def template(**kwargs):
+    return train_lib.abstract_state(model_of(**kwargs))
+
+
+def find(directory, model=None, devices=1):
+    mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
+    return checkpointing.find(directory, model or model_of(), mesh)
+
+
+def save(saver, step):
+    saver.save(tree_at(step), checkpointing.signed({'step': step}, tree_at(step)))
 
 
 def tree_at(step):
@@ -39,7 +59,7 @@ def tree_at(step):
 def two_saved(tmp_path_factory):
     """A directory with checkpoints of steps 3 and 7."""
     directory = tmp_path_factory.mktemp('two')
-    with_checkpoints(directory, lambda c: [c.save(tree_at(s), {'step': s}) for s in (3, 7)])
+    with_checkpoints(directory, lambda c: [save(c, s) for s in (3, 7)])
     return directory
 
 
@@ -54,7 +74,7 @@ def with_checkpoints(directory, use):
 
 def restored(directory):
     """What is found, as a tree; and what is reported when the run then opens the directory."""
-    found = checkpointing.find(directory, template())
+    found = find(directory)
     reports = []
     CheckpointSaver(directory, reports.append, found.damaged).close()
     return found.tree, reports
@@ -122,13 +142,13 @@ def test_arrays_that_are_named_and_not_there_cost_a_line(two_saved, tmp_path, ca
 
 
 def test_looking_for_a_checkpoint_writes_nothing(two_saved, tmp_path):
-    assert checkpointing.find(tmp_path / 'none', template()).step == 0
+    assert find(tmp_path / 'none').step == 0
     assert not (tmp_path / 'none').exists()
     shutil.copytree(two_saved, tmp_path / 'some')
     shutil.rmtree(tmp_path / 'some' / '7' / 'state')
     (tmp_path / 'some' / '9.orbax-checkpoint-tmp').mkdir()
     before = sorted(tmp_path.rglob('*'))
-    found = checkpointing.find(tmp_path / 'some', template())
+    found = find(tmp_path / 'some')
     assert found.step == 3
     assert [path.name for path, _ in found.damaged] == ['7']
     assert sorted(tmp_path.rglob('*')) == before
@@ -141,7 +161,7 @@ def test_a_half_written_checkpoint_is_not_used(two_saved, tmp_path):
     tree, _ = restored(tmp_path)
     assert harness.is_same(tree, tree_at(7))
     # Orbax removes it in the background, and has done so when the next save begins.
-    with_checkpoints(tmp_path, lambda c: c.save(tree_at(8), {'step': 8}))
+    with_checkpoints(tmp_path, lambda c: save(c, 8))
     assert not (tmp_path / '9.orbax-checkpoint-tmp').exists()
 
 
@@ -150,7 +170,7 @@ def test_a_run_continues_to_save_after_a_damaged_checkpoint(two_saved, tmp_path)
     shutil.rmtree(tmp_path / '7' / 'state')
 
     restored(tmp_path)
-    with_checkpoints(tmp_path, lambda c: c.save(tree_at(7), {'step': 7}))
+    with_checkpoints(tmp_path, lambda c: save(c, 7))
     tree, reports = restored(tmp_path)
     assert harness.is_same(tree, tree_at(7))
     assert not reports
@@ -173,7 +193,7 @@ def test_a_save_returns_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(
         checkpoints._manager, 'save', lambda *a, **k: may_write.wait(60) and write(*a, **k)
     )
-    checkpoints.save(tree_at(1), {})
+    save(checkpoints, 1)
     assert not list(tmp_path.iterdir())
     may_write.set()
     assert checkpoints.close()
@@ -184,11 +204,11 @@ def test_a_save_returns_before_anything_is_written(tmp_path, monkeypatch):
 def test_closing_says_whether_the_last_save_succeeded(tmp_path, monkeypatch, capfd):
     reports = []
     checkpoints = CheckpointSaver(tmp_path / 'good', reports.append)
-    checkpoints.save(tree_at(1), {})
+    save(checkpoints, 1)
     assert checkpoints.close()
     checkpoints = CheckpointSaver(tmp_path / 'bad', reports.append)
     monkeypatch.setattr(os, 'posix_fallocate', full)
-    checkpoints.save(tree_at(1), {})
+    save(checkpoints, 1)
     assert not checkpoints.close()
     assert reports == [f'a checkpoint could not be saved in {tmp_path / "bad"}: [Errno 28] full']
     assert not list((tmp_path / 'bad').iterdir())
@@ -202,9 +222,8 @@ def full(*_):
 def test_a_folder_that_is_gone_ends_the_run(tmp_path):
     checkpoints = CheckpointSaver(tmp_path / 'w' / 'checkpoints', print)
     shutil.rmtree(tmp_path / 'w')
-    checkpoints.save(tree_at(1), {})
     with pytest.raises(SaveError, match='is gone'):
-        checkpoints.close()
+        save(checkpoints, 1)
     assert not (tmp_path / 'w').exists()
 
 
@@ -214,7 +233,7 @@ def test_weights_that_are_not_finite_start_no_run(tmp_path, value):
     tree['variables']['params']['conv1']['kernel'][0, 0, 0, 0] = value
     checkpointing.write(tmp_path / '3', tree, {})
     with pytest.raises(CheckpointError, match='1 arrays .* params/conv1/kernel'):
-        checkpointing.read_weights(tmp_path / '3')
+        checkpointing.check_weights(tmp_path / '3', template().variables, ())
 
 
 def test_a_checkpoint_of_before_fingerprints_is_reported(tmp_path, monkeypatch):
@@ -231,13 +250,13 @@ def test_it_is_an_error_when_none_is_whole(two_saved, tmp_path):
         shutil.rmtree(tmp_path / step / 'state')
     before = sorted(tmp_path.rglob('*'))
     with pytest.raises(CheckpointError, match='start again in a new'):
-        checkpointing.find(tmp_path, template())
+        find(tmp_path)
     assert sorted(tmp_path.rglob('*')) == before
 
 
 def test_another_models_checkpoint_is_rejected(two_saved):
     with pytest.raises(CheckpointError, match='another model or optimizer'):
-        checkpointing.find(two_saved, template(model='resnet18_cifar', image_size=32))
+        find(two_saved, model_of(model='resnet18_cifar', image_size=32))
 
 
 def test_it_does_not_depend_on_devices_and_accumulation():
@@ -254,3 +273,67 @@ def test_a_state_survives_the_way_through_a_tree():
     assert harness.is_same(train_lib.to_saved(state), tree)
     assert int(state.step) == 5
     assert not np.any(state.opt_state.mini_step)
+
+
+def test_an_array_that_is_not_what_was_written_is_named(two_saved, tmp_path):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / '7' / 'record' / 'metadata'
+    record = json.loads(path.read_text())
+    record['fingerprints']['variables/params/fc/kernel'] = '0' * 16
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match='variables/params/fc/kernel'):
+        checkpointing.read(tmp_path / '7')
+    with pytest.raises(CheckpointError, match='variables/params/fc/kernel'):
+        checkpointing.check_weights(tmp_path / '7', template().variables, ())
+    tree, reports = restored(tmp_path)
+    assert harness.is_same(tree, tree_at(3))
+    assert '1 of its arrays are not what was written' in reports[0]
+    assert 'variables/params/fc/kernel' in reports[0]
+
+
+def test_pieces_are_judged_as_the_whole(two_saved, monkeypatch):
+    monkeypatch.setattr(checkpointing, 'PIECE', 100)
+    assert checkpointing.check_weights(two_saved / '7', template().variables, ()) == []
+
+
+def languages(devices):
+    """A run's model whose state is split, and its mesh."""
+    task = LanguageModelling(Architecture(2, 64, 160, 8, 2, 8, 512), 16, 'float32')
+    optimizer = accumulation.accumulated(optax.adam(1e-3), 1, devices, task.split)
+    mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
+    return train_lib.Model(task, optimizer, lambda step: 1e-3, devices), mesh
+
+
+def test_parts_are_saved_and_found_on_another_number_of_devices(tmp_path):
+    """Each device has its part from the start; the weights are the same for any number."""
+    before = 0
+    for devices in (2, 8, 1, 4):
+        model, mesh = languages(devices)
+        found = checkpointing.find(tmp_path, model, mesh)
+        if found.tree is None:
+            state = compilation.initial_state(5, model, mesh)
+        else:
+            state = compilation.resumed_state(found.tree, model, mesh)
+        assert found.step == int(state.step) == before
+        for name, x in exact_sums.named(state.variables):
+            parts = devices if name in model.task.split else 1
+            assert x.addressable_data(0).size * parts == x.size
+        saved = train_lib.to_saved(state)
+        fresh = compilation.initial_state(5, model, mesh)
+        assert harness.is_same(saved['variables'], fresh.variables)
+        before = devices
+        saved = compilation.on_host(saved) | {'step': np.int32(devices)}
+        shutil.rmtree(tmp_path)
+        saver = CheckpointSaver(tmp_path, print)
+        saver.save(saved, checkpointing.signed({}, jax.device_get(saved)))
+        assert saver.close()
+
+
+def test_what_is_on_the_host_stays_when_the_next_step_has_overwritten_the_state():
+    model, mesh = languages(4)
+    state = compilation.initial_state(5, model, mesh)
+    before = jax.tree.map(np.array, train_lib.to_saved(state))
+    held = compilation.on_host(train_lib.to_saved(state))
+    negated = jax.jit(lambda t: jax.tree.map(jnp.negative, t), donate_argnums=0)
+    jax.block_until_ready(negated(state.variables))
+    assert harness.is_same(jax.tree.map(np.asarray, held), before)

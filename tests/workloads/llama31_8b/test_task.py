@@ -39,9 +39,7 @@ def trained(devices, dtype, architecture=SMALL, length=LENGTH, steps=STEPS):
     optimizer = accumulation.accumulated(transformation, accumulation_steps, BATCH, task.split)
     model = train_lib.Model(task, optimizer, schedule, BATCH)
     programs = compilation.compile_steps(model, 1, mesh)
-    saved = train_lib.initial_state(5, model)
-    state = train_lib.from_saved(saved, train_lib.abstract_state(model))
-    state = compilation.place(mesh, state, task.split)
+    state = compilation.initial_state(5, model, mesh)
     losses = []
     for step in range(steps):
         batch, micro = batch_of(step, length), []
@@ -51,7 +49,7 @@ def trained(devices, dtype, architecture=SMALL, length=LENGTH, steps=STEPS):
             micro.append(jax.device_get(values))
         losses.append(metrics.measured(micro, BATCH)['loss'])
     assert int(state.step) == steps
-    return exact_sums.shown(programs.fingerprint(train_lib.to_saved(state))), losses
+    return exact_sums.shown(programs.fingerprints(train_lib.to_saved(state))), losses
 
 
 @pytest.fixture(scope='module', params=['float32', 'bfloat16'])
