@@ -17,7 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from settings import errors
-from training import compilation, compilation_cache, processes
+from training import checkpointing, compilation, compilation_cache, processes
+from training.checkpoint_saver import CheckpointSaver
 from training.stop_request import StopRequest
 
 
@@ -91,7 +92,23 @@ def compiles(folder):
     print('sum', jax.jit(lambda x: (x * 3).sum())(jnp.ones(2)), 'hits', len(hits))
 
 
-PROGRAMS = {f.__name__: f for f in (starts, agrees, fails, ends_late, stops, compiles)}
+def saves(folder):
+    """An array in parts; of the file that a process writes, the part of each holds its index."""
+    mesh, me = compilation.make_mesh(), jax.process_index()
+    whole = np.repeat(np.arange(mesh.size, dtype=np.float32), 5).reshape(mesh.size, 5)
+    tree = compilation.place(mesh, {'a': whole, 'step': np.int32(3)}, {'a': 0})
+    saver = CheckpointSaver(Path(folder.replace('{}', str(me))), print)
+    # An array that no process has whole, so each can only have written its own part.
+    assert not tree['a'].is_fully_addressable
+    saver.save(compilation.on_host(tree), checkpointing.signed({}, {'a': whole, 'step': 3}, [0, 0]))
+    assert saver.close()
+    stored = checkpointing.Stored(Path(folder) / '3')
+    assert (stored.read('a') == whole).all()
+    again = stored.placed('a', tree['a'])
+    assert (again.addressable_data(0) == tree['a'].addressable_data(0)).all()
+
+
+PROGRAMS = {f.__name__: f for f in (starts, agrees, fails, ends_late, stops, compiles, saves)}
 
 
 def main(arguments):

@@ -142,6 +142,21 @@ def test_processes_that_fail_together_end_with_the_status_of_the_failure():
         assert 'stack trace' not in said
 
 
+def test_each_process_saves_its_own_part_of_an_array(tmp_path):
+    for process in peers('saves', str(tmp_path / 'all')):
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, said
+    written = {path.name for path in (tmp_path / 'all' / '3' / 'state').iterdir()}
+    assert {'ocdbt.process_0', 'ocdbt.process_1'} <= written
+
+
+def test_a_process_that_does_not_see_the_work_directory_rejects_the_run(tmp_path):
+    for process in peers('saves', str(tmp_path / 'of-{}')):
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 2, said
+        assert 'error: process 1 does not see' in said
+
+
 def test_a_process_that_is_done_waits_for_the_others():
     for process in peers('ends_late', '3'):
         said = process.communicate(timeout=60)[0]
