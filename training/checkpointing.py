@@ -49,11 +49,12 @@ def check_weights(path: Path, ours: Variables, head: tuple[str, ...]) -> list[st
     """
     try:
         stored = Stored(path)
-        theirs = {name: text for name, text in stored.described().items() if _is_weight(name)}
+        theirs = {n: text for n, text in stored.described().items() if n.startswith('variables/')}
         kept = {f'variables/{name}': text for name, text in _described(ours).items()}
         differ = sorted(n for n in theirs | kept if theirs.get(n) != kept.get(n))
         short = [name.removeprefix('variables/') for name in differ]
-        if [name for name in short if not name.startswith('/'.join((*head, '')))]:
+        own = '/'.join((*head, ''))
+        if [name for name in short if not head or not name.startswith(own)]:
             raise CheckpointError(
                 f'it is a checkpoint of another model: {len(differ)} arrays differ, the first is '
                 f'{short[0]}'
@@ -66,7 +67,7 @@ def check_weights(path: Path, ours: Variables, head: tuple[str, ...]) -> list[st
             f'init_from={path}: values of {len(wild)} arrays are not finite (NaN or infinity): '
             f'{", ".join(wild[:3])}{", …" if len(wild) > 3 else ""}'
         )
-    return short if head and short else []
+    return short
 
 
 def weights(path: Path, ours: Variables) -> Variables:
@@ -86,10 +87,6 @@ def weights(path: Path, ours: Variables) -> Variables:
 
     found = [chosen(name, own) for name, own in named(ours)]
     return jax.tree.unflatten(jax.tree.structure(ours), found)
-
-
-def _is_weight(name: str) -> bool:
-    return name.startswith('variables/')
 
 
 def _text(x: Any) -> str:
@@ -272,10 +269,10 @@ def find(directory: Path, model: Model, mesh: Mesh) -> Found:
     for step in processes.broadcast(steps(directory)):
         path = directory / str(step)
         fingerprints = fingerprints or compilation.compile_fingerprints(model, mesh)
-        tree, record, problems = _on_devices(path, like, fingerprints)
-        if not problems:
-            return Found(tree, step, record['fingerprint'], damaged)
-        damaged.append((path, problems[0]))
+        tree, problem_or_mark = _on_devices(path, like, fingerprints)
+        if tree is not None:
+            return Found(tree, step, problem_or_mark, damaged)
+        damaged.append((path, problem_or_mark))
     if damaged:
         raise CheckpointError(
             f'none of the checkpoints in {directory} can be read ({damaged[0][0].name}: '
@@ -284,10 +281,8 @@ def find(directory: Path, model: Model, mesh: Mesh) -> Found:
     return Found()
 
 
-def _on_devices(
-    path: Path, like: Any, fingerprints: Callable[[Any], jax.Array]
-) -> tuple[Any, Mapping[str, Any], list[str]]:
-    """A checkpoint's tree on the devices, its record, and what any process found wrong with it."""
+def _on_devices(path: Path, like: Any, fingerprints: Callable[[Any], jax.Array]) -> tuple[Any, str]:
+    """A checkpoint's tree on the devices, and its fingerprint; else None, and what is wrong."""
     tree, problem, stored = None, None, None
     try:
         stored = Stored(path)
@@ -299,7 +294,7 @@ def _on_devices(
         problem = str(error)
     problems = [text for text in processes.gathered(problem) if text]
     if problems or stored is None:
-        return None, {}, problems
+        return None, problems[0]
     if tree is None:
         differ = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
         raise CheckpointError(
@@ -311,8 +306,8 @@ def _on_devices(
     try:
         stored.compare({n: shown(mark) for (n, _), mark in zip(named(tree), marks, strict=True)})
     except CheckpointError as error:
-        problems = [str(error)]
-    return tree, stored.record, problems
+        return None, str(error)
+    return tree, shown(marks)
 
 
 def steps(directory: Path) -> list[int]:

@@ -291,6 +291,13 @@ def test_an_array_that_is_not_what_was_written_is_named(two_saved, tmp_path):
     assert 'variables/params/fc/kernel' in reports[0]
 
 
+@pytest.mark.parametrize('head', [(), ('params', 'fc')])
+def test_weights_of_another_model_start_no_run(two_saved, head):
+    other = template(model='resnet18_cifar', image_size=32).variables
+    with pytest.raises(CheckpointError, match='of another model'):
+        checkpointing.check_weights(two_saved / '7', other, head)
+
+
 def test_pieces_are_judged_as_the_whole(two_saved, monkeypatch):
     monkeypatch.setattr(checkpointing, 'PIECE', 100)
     assert checkpointing.check_weights(two_saved / '7', template().variables, ()) == []
