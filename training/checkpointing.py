@@ -120,7 +120,10 @@ class Stored:
     """
 
     def __init__(self, directory: Path):
-        self._directory = directory.resolve()  # TensorStore takes no relative paths.
+        try:
+            self._directory = directory.resolve()  # TensorStore takes no relative paths.
+        except (OSError, RuntimeError) as error:  # The latter for a link to itself, up to 3.12.
+            raise _unreadable(error) from error
         if not (self._directory / 'state').is_dir():
             raise CheckpointError(
                 f'{self._directory} is no checkpoint: it has no folder "state". Name one, '
