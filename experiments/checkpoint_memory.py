@@ -47,7 +47,7 @@ def measure(place: tuple[str, int, int], directory: Path) -> str:
     import accumulation
     import train_lib
     from models.llama.architectures import Architecture
-    from training import checkpointing, compilation, processes
+    from training import checkpointing, compilation, processes, restoring
     from training.checkpoint_saver import CheckpointSaver
     from workloads.llama31_8b.task import LanguageModelling
 
@@ -77,7 +77,7 @@ def measure(place: tuple[str, int, int], directory: Path) -> str:
     del state, saved, saver
     processes.wait_for_all()
     settle()
-    found = checkpointing.find(directory, model, mesh)
+    found = restoring.find(directory, model, mesh)
     state = jax.block_until_ready(compilation.resumed_state(found.tree, model, mesh))
     most = in_memory('VmHWM')
     resuming = most - settle()

@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-import exact_sums
+import fingerprints
 import train_lib
 from models.llama.architectures import Architecture
 from settings import backend
@@ -53,7 +53,7 @@ RATES = {'lars': 8.0, 'sgd': 0.1}
 
 def fingerprint(run: Program) -> str:
     """Of the newest checkpoint."""
-    return exact_sums.shown(exact_sums.fingerprints_on_host(run.checkpoint()))
+    return fingerprints.shown(fingerprints.of_host_arrays(run.checkpoint()))
 
 
 def moved(run: Program, more: list[str]) -> None:
@@ -109,7 +109,7 @@ def bottlenecks() -> bool:
             how = {'task_type': harness.TinyBottleneck, 'batches': enlarged}
             trained = harness.train(config, devices=count, steps=STEPS, **how)
             tree = train_lib.to_saved(trained.state)
-            marks.append(exact_sums.shown(exact_sums.fingerprints_on_host(tree)))
+            marks.append(fingerprints.shown(fingerprints.of_host_arrays(tree)))
         agree &= len(set(marks)) == 1
         print(f'| {optimizer}, {dtype} | {", ".join(dict.fromkeys(marks))} |', flush=True)
     return agree

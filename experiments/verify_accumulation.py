@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-import exact_sums
+import fingerprints
 import train_lib
 from experiments.plain_step import Plain, plain_step
 from settings import backend
@@ -119,7 +119,7 @@ class Experiment:
                 kept.append(jax.tree.map(np.array, variables['params']))
             if k == 0 and step in ends:
                 tree = jax.tree.map(np.asarray, whole)
-                marks.append(exact_sums.shown(exact_sums.fingerprints_on_host(tree)))
+                marks.append(fingerprints.shown(fingerprints.of_host_arrays(tree)))
                 batches = self._batches(0).evaluation()
                 sums = evaluation.total(self.programs.evaluate, variables, batches, self.mesh)
                 assert sums is not None

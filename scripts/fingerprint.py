@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # An accelerator is not needed, and may be in use.
 
-import exact_sums
+import fingerprints
 from settings.errors import CheckpointError
 from training import checkpointing
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     for path in map(newest, parser.parse_args(arguments).paths):
         try:
             tree, _ = checkpointing.read(path)
-            mark = exact_sums.shown(exact_sums.fingerprints_on_host(tree))
+            mark = fingerprints.shown(fingerprints.of_host_arrays(tree))
             print(f'{mark}  step {int(tree["step"])}  {path}')
         except CheckpointError as error:
             print(f'error: {path}: {error}', file=sys.stderr)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-import exact_sums
+import fingerprints
 import train_lib
 from models.llama.architectures import ARCHITECTURES
 from settings import backend, loading
@@ -64,7 +64,7 @@ def contestant(case: dict[str, Any]) -> tuple[dict[str, Any], contestants.Comman
 
     def fingerprint(_: int) -> str:
         saved = train_lib.to_saved(state)
-        return exact_sums.shown(jax.jit(exact_sums.fingerprints)(saved))
+        return fingerprints.shown(jax.jit(fingerprints.of)(saved))
 
     def memory(_: int) -> int:
         return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import exact_sums
+import fingerprints
 import train_lib
 from experiments.plain_step import Plain, plain_step
 from input_pipeline import Pipeline
@@ -38,7 +38,7 @@ from run_files.mlperf_log import EventLog
 from settings import backend
 from speed import cases, contestants
 from training import compilation
-from training.checkpointing import Found
+from training.restoring import Found
 from training.run import Run
 from training.train_loop import set_up
 from workloads.resnet.workload import WORKLOAD
@@ -210,7 +210,7 @@ class Ours:
     def fingerprint(self, _: int) -> str:
         """Of the state; the same wherever the same number of steps was done."""
         saved = train_lib.to_saved(self._state)
-        return exact_sums.shown(self._parts.programs.fingerprints(saved))
+        return fingerprints.shown(self._parts.programs.fingerprints(saved))
 
     def memory(self, _: int) -> int:
         """The most bytes that the first device had in use so far; 0 where it does not count."""

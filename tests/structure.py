@@ -25,12 +25,13 @@ ARROWS = {
     'input_pipeline': {'settings', 'exact_sums'},
     'loss_scaling': {'exact_sums'},
     'accumulation': {'exact_sums'},
+    'fingerprints': {'exact_sums'},
     'train_lib': {'settings', 'exact_sums', 'loss_scaling', 'accumulation'},
     'models': {'models'},
     'run_files': {'settings', 'run_files', 'input_pipeline', 'train_lib'},
     'training': {
-        'settings', 'exact_sums', 'accumulation', 'run_files', 'training', 'train_lib',
-        'input_pipeline',
+        'settings', 'exact_sums', 'accumulation', 'fingerprints', 'run_files', 'training',
+        'train_lib', 'input_pipeline',
     },
     'workloads': {
         'settings', 'exact_sums', 'run_files', 'training', 'train_lib', 'input_pipeline', 'models',
@@ -50,7 +51,7 @@ WORDS = r'(image|top1|fc|resnet|llama)s?\d*'
 NAMES = r'bn_span|batch_stats'
 NEUTRAL = (
     'training', 'run_files', 'reporting', 'settings', 'exact_sums', 'loss_scaling', 'accumulation',
-    'train_lib', 'input_pipeline',
+    'fingerprints', 'train_lib', 'input_pipeline',
 )  # fmt: skip
 
 

@@ -176,30 +176,3 @@ def test_an_addend_that_cannot_be_added_up_is_found_where_sums_are_scattered(add
     assert int(FORM.rejected(largest['bad'])) > 0
     assert int(FORM.rejected(largest['good'])) == 0
     assert largest['good'].value == 1
-
-
-@pytest.mark.parametrize('devices', [1, 2, 4, 8])
-def test_a_fingerprint_does_not_depend_on_how_arrays_are_split(devices):
-    rng = np.random.default_rng(5)
-    tree = {
-        'a': {'rows': rng.standard_normal((16, 3, 5)).astype(np.float32)},
-        'b': {'columns': rng.standard_normal((3, 24, 2)).astype(np.float16)},
-        'c': {'whole': rng.standard_normal(7).astype(np.float32)},
-        'd': np.int32(3),
-    }
-    split = {'a/rows': 0, 'b/columns': 1}
-    specs = {
-        'a': {'rows': PartitionSpec(AXIS)},
-        'b': {'columns': PartitionSpec(None, AXIS)},
-        'c': {'whole': PartitionSpec()},
-        'd': PartitionSpec(),
-    }
-    program = jax.shard_map(
-        lambda tree: exact_sums.fingerprints(tree, AXIS, split),
-        mesh=mesh_of(devices),
-        in_specs=(specs,),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
-    found = jax.jit(program)(tree)
-    assert [int(x) for x in found] == exact_sums.fingerprints_on_host(tree)

@@ -3,11 +3,10 @@
 
 A checkpoint is a tree of arrays (weights, running statistics, optimizer state, step, loss scale)
 and a small JSON record (step, configuration with the seed, fingerprints), as Orbax writes them.
-Arrays are read one by one and every process reads the parts that are its own, so a run continues on
-any number of devices and processes. `checkpoint_saver` writes them while a run trains.
+Arrays are read one by one, whole or in part. `checkpoint_saver` writes them while a run trains, and
+`restoring` reads what a run starts from.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -20,81 +19,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
-from jax.sharding import Mesh
 
-import exact_sums
-import train_lib
-from exact_sums import named, shown
+import fingerprints
+from exact_sums import named
+from fingerprints import shown
 from settings.errors import CheckpointError
-from train_lib import Model, Variables
-from training import compilation, processes
 
 PIECE = 2**28  # Bytes of an array that are judged at once.
 
 
-def check_weights(path: Path, ours: Variables, head: tuple[str, ...]) -> list[str]:
-    """Judges a checkpoint whose weights and running statistics are to start another run.
-
-    Args:
-      path: WORKDIR/checkpoints/STEP.
-      ours: the run's own variables, arrays or their shapes.
-      head: the start of the path of what may be of other shapes; the run then has it anew.
-
-    Returns:
-      The names of arrays that the run has anew, in `ours`.
-
-    Raises:
-      CheckpointError: when it cannot be read, is of another model, or holds values that are not
-        finite.
-    """
-    try:
-        stored = Stored(path)
-        theirs = {n: text for n, text in stored.described().items() if n.startswith('variables/')}
-        kept = {f'variables/{name}': text for name, text in _described(ours).items()}
-        differ = sorted(n for n in theirs | kept if theirs.get(n) != kept.get(n))
-        short = [name.removeprefix('variables/') for name in differ]
-        own = '/'.join((*head, ''))
-        if [name for name in short if not head or not name.startswith(own)]:
-            raise CheckpointError(
-                f'it is a checkpoint of another model: {len(differ)} arrays differ, the first is '
-                f'{short[0]}'
-            )
-        wild = stored.check(theirs)
-    except CheckpointError as error:
-        raise CheckpointError(f'init_from={path}: {error}') from error
-    if wild:
-        raise CheckpointError(
-            f'init_from={path}: values of {len(wild)} arrays are not finite (NaN or infinity): '
-            f'{", ".join(wild[:3])}{", …" if len(wild) > 3 else ""}'
-        )
-    return short
-
-
-def weights(path: Path, ours: Variables) -> Variables:
-    """The variables of a checkpoint that `check_weights` has found good.
-
-    Args:
-      path: WORKDIR/checkpoints/STEP.
-      ours: the run's own variables on the mesh, or shapes that say how they lie on it. An array of
-        another shape than the checkpoint's stays.
-    """
-    stored = Stored(path)
-    theirs = stored.described()
-
-    def chosen(name, own):
-        same = theirs.get(f'variables/{name}') == _text(own)
-        return stored.placed(f'variables/{name}', own) if same else own
-
-    found = [chosen(name, own) for name, own in named(ours)]
-    return jax.tree.unflatten(jax.tree.structure(ours), found)
-
-
-def _text(x: Any) -> str:
+def dtype_and_shape(x: Any) -> str:
+    """Both, as people see them."""
     return f'{np.dtype(x.dtype)}{list(x.shape)}'
 
 
-def _described(tree: Any) -> dict[str, str]:
-    return {name: _text(x) for name, x in named(tree)}
+def described(tree: Any) -> dict[str, str]:
+    """The dtypes and shapes of arrays, by name."""
+    return {name: dtype_and_shape(x) for name, x in named(tree)}
 
 
 def signed(
@@ -105,9 +46,9 @@ def signed(
     Args:
       record: JSON.
       tree: of arrays.
-      marks: `exact_sums.fingerprints` of the tree, if its arrays are not all NumPy's.
+      marks: `fingerprints.of` of the tree, if its arrays are not all NumPy's.
     """
-    marks = exact_sums.fingerprints_on_host(tree) if marks is None else marks
+    marks = fingerprints.of_host_arrays(tree) if marks is None else marks
     each = {name: shown(mark) for (name, _), mark in zip(named(tree), marks, strict=True)}
     return dict(record) | {'fingerprint': shown(marks), 'fingerprints': each}
 
@@ -199,13 +140,13 @@ class Stored:
                   for name, a in self._arrays.items()}  # fmt: skip
         tree = self._tree(arrays.__getitem__)
         shapes = {name: array.shape for name, array in arrays.items()}
-        firsts = exact_sums.first_places(tree, shapes)
+        firsts = fingerprints.first_places(tree, shapes)
         first = {name: f for (name, _), f in zip(named(tree), firsts, strict=True)}
         marks, wild = {}, []
         for name in names:
             total, finite, place = 0, True, first[name]
             for piece in self._pieces(name):
-                total += exact_sums.words_on_host(piece, place)
+                total += fingerprints.words_on_host(piece, place)
                 finite &= bool(np.isfinite(piece).all())
                 place += np.uint64(piece.size)
             marks[name] = shown(total % 2**64)
@@ -232,85 +173,6 @@ class Stored:
             raise CheckpointError(
                 f'{len(damaged)} of its arrays are not what was written, the first is {damaged[0]}'
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What `find` found: the newest whole checkpoint's tree, None if there is no checkpoint.
-
-    Attributes:
-      tree: as `train_lib.to_saved` makes it, on the devices.
-      step: optimizer steps that the run has done.
-      fingerprint: of the tree, as people see it.
-      damaged: newer ones that cannot be read, with the reason.
-    """
-
-    tree: dict[str, Any] | None = None
-    step: int = 0
-    fingerprint: str = ''
-    damaged: Sequence[tuple[Path, str]] = ()
-
-
-def find(directory: Path, model: Model, mesh: Mesh) -> Found:
-    """Reads the newest checkpoint in a run's directory that is whole; writes nothing.
-
-    All processes call it; each reads what its own devices hold.
-
-    Args:
-      directory: of checkpoints.
-      model: what the run learns.
-      mesh: of its devices.
-
-    Raises:
-      CheckpointError: when there are checkpoints and none can be read, or one that is of another
-        model.
-    """
-    directory, fingerprints = directory.resolve(), None
-    damaged: list[tuple[Path, str]] = []
-    template = train_lib.abstract_state(model)
-    like = compilation.placed_shapes(mesh, train_lib.to_saved(template), model.task.split)
-    for step in processes.broadcast(steps(directory)):
-        path = directory / str(step)
-        fingerprints = fingerprints or compilation.compile_fingerprints(model, mesh)
-        tree, problem_or_mark = _on_devices(path, like, fingerprints)
-        if tree is not None:
-            return Found(tree, step, problem_or_mark, damaged)
-        damaged.append((path, problem_or_mark))
-    if damaged:
-        raise CheckpointError(
-            f'none of the checkpoints in {directory} can be read ({damaged[0][0].name}: '
-            f'{damaged[0][1]}); start again in a new work directory'
-        )
-    return Found()
-
-
-def _on_devices(path: Path, like: Any, fingerprints: Callable[[Any], jax.Array]) -> tuple[Any, str]:
-    """A checkpoint's tree on the devices, and its fingerprint; else None, and what is wrong."""
-    tree, problem, stored = None, None, None
-    try:
-        stored = Stored(path)
-        theirs, ours = stored.described(), _described(like)
-        if theirs == ours:
-            arrays = [stored.placed(name, x) for name, x in named(like)]
-            tree = jax.tree.unflatten(jax.tree.structure(like), arrays)
-    except CheckpointError as error:
-        problem = str(error)
-    problems = [text for text in processes.gathered(problem) if text]
-    if problems or stored is None:
-        return None, problems[0]
-    if tree is None:
-        differ = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
-        raise CheckpointError(
-            f'the checkpoint is of another model or optimizer: {len(differ)} arrays differ, the '
-            f'first is {differ[0]}: {theirs.get(differ[0], "none")} there, '
-            f'{ours.get(differ[0], "none")} here'
-        )
-    marks = jax.device_get(fingerprints(tree))
-    try:
-        stored.compare({n: shown(mark) for (n, _), mark in zip(named(tree), marks, strict=True)})
-    except CheckpointError as error:
-        return None, str(error)
-    return tree, shown(marks)
 
 
 def steps(directory: Path) -> list[int]:

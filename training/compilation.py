@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import exact_sums
+import fingerprints
 import train_lib
 from train_lib import AXIS, Model, Task, TrainState
 
@@ -182,7 +183,7 @@ def compile_fingerprints(model: Model, mesh: Mesh) -> jax.stages.Compiled:
     saved, split = train_lib.to_saved(train_lib.abstract_state(model)), model.task.split
     dimensions = {name: _dimension(name, split) for name, _ in exact_sums.named(saved)}
     of_parts = functools.partial(
-        exact_sums.fingerprints,
+        fingerprints.of,
         axis=AXIS,
         split={name: d for name, d in dimensions.items() if d is not None},
     )

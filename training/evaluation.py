@@ -14,7 +14,7 @@ import train_lib
 from settings.errors import CheckpointError, ConfigError
 from settings.hyperparameters import Config
 from settings.plan import Dataset
-from training import checkpointing, compilation, metrics, processes
+from training import compilation, metrics, processes, restoring
 from training.device_feed import Clock, on_devices
 from training.workload import Workload, check_split
 
@@ -92,7 +92,7 @@ def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, 
     like = compilation.placed_shapes(mesh, dict(shapes), task.split)
 
     def check() -> None:
-        replaced = checkpointing.check_weights(path, like, workload.head)
+        replaced = restoring.check_weights(path, like, workload.head)
         if replaced:
             raise CheckpointError(
                 f'{path} is not for {dataset.name}: {", ".join(replaced)} have another shape; '
@@ -103,7 +103,7 @@ def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, 
     share = processes.local_share(mesh, mesh.size * config.micro_batch_size)
     sums = total(
         compilation.trace_evaluate(task, config.micro_batch_size, mesh).lower().compile(),
-        checkpointing.weights(path, like),
+        restoring.weights(path, like),
         workload.pipeline(config, dataset, None, share).evaluation(),
         mesh,
     )

@@ -160,22 +160,6 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
-def broadcast_from_lead(tree: Any) -> Any:
-    """Process 0's tree of host arrays, in every process; the others pass one of the same shapes."""
-    if not is_several():
-        return tree
-    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree))
-    # As one array: JAX compiles a program for what it sends, and one of many arrays takes a second.
-    sent = np.frombuffer(b''.join(leaf.tobytes() for leaf in leaves), np.uint8)
-    received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
-    parts = np.split(received, np.cumsum([leaf.nbytes for leaf in leaves])[:-1])
-    arrays = [
-        np.frombuffer(part.tobytes(), leaf.dtype).reshape(leaf.shape)
-        for part, leaf in zip(parts, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, arrays)
-
-
 def run_on_lead(function: Callable[[], Any]) -> Any:
     """Runs a function in process 0; its result there, None elsewhere. If it fails, all fail.
 
@@ -188,23 +172,12 @@ def run_on_lead(function: Callable[[], Any]) -> Any:
             result = function()
         except Exception as caught:
             error = caught
-    failed = broadcast_from_lead(np.array(error is not None))
+    failed = broadcast(error is not None)
     if error is not None:
         raise error
     if failed:
         raise StartError('process 0 could not start the run; its message says why')
     return result
-
-
-def broadcast(value: Any) -> Any:
-    """Process 0's value, anything that JSON can hold, in every process."""
-    if not is_several():
-        return value
-    text = np.frombuffer(json.dumps(value).encode() if is_lead() else b'', np.uint8)
-    size = int(broadcast_from_lead(np.array(text.size)))
-    return json.loads(
-        broadcast_from_lead(text if is_lead() else np.zeros(size, np.uint8)).tobytes()
-    )
 
 
 def gathered(value: Any) -> list[Any]:
@@ -216,6 +189,11 @@ def gathered(value: Any) -> list[Any]:
     padded = np.pad(text, (0, int(sizes.max()) - text.size))
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def broadcast(value: Any) -> Any:
+    """Process 0's value, anything that JSON can hold, in every process."""
+    return gathered(value if is_lead() else None)[0]
 
 
 def wait_for_all() -> None:

@@ -11,8 +11,8 @@ from run_files.mlperf_log import EventLog
 from settings.hyperparameters import Config
 from settings.plan import Plan
 from train_lib import Model, TrainState
-from training import checkpointing, compilation
-from training.checkpointing import Found
+from training import compilation, restoring
+from training.restoring import Found
 
 
 def state(found: Found, config: Config, model: Model, mesh: Mesh) -> TrainState:
@@ -23,7 +23,7 @@ def state(found: Found, config: Config, model: Model, mesh: Mesh) -> TrainState:
     first = compilation.initial_state(config.seed, model, mesh)
     if config.init_from is None:
         return first
-    variables = checkpointing.weights(Path(config.init_from), first.variables)
+    variables = restoring.weights(Path(config.init_from), first.variables)
     return dataclasses.replace(first, variables=variables)
 
 
@@ -34,7 +34,7 @@ def check_weights(config: Config, template: TrainState, head: tuple[str, ...]) -
       CheckpointError: when it is no whole checkpoint of this model.
     """
     if config.init_from is not None:
-        checkpointing.check_weights(Path(config.init_from), template.variables, head)
+        restoring.check_weights(Path(config.init_from), template.variables, head)
 
 
 def check(

@@ -23,9 +23,9 @@ from settings.errors import Outcome
 from settings.hyperparameters import Config
 from settings.plan import Dataset, Plan
 from train_lib import Model
-from training import checkpointing, compilation, processes, start
+from training import compilation, processes, restoring, start
 from training.checkpoint_saver import CheckpointSaver
-from training.checkpointing import Found
+from training.restoring import Found
 from training.run import Parts, Run
 from training.stop_request import StopRequest
 from training.watchdog import Watchdog
@@ -109,7 +109,7 @@ def train_and_evaluate(
     if status:
         return Outcome.REACHED if status == 'success' else Outcome.MISSED
     mesh = compilation.make_mesh()
-    found = checkpointing.find(workdir / 'checkpoints', model, mesh)
+    found = restoring.find(workdir / 'checkpoints', model, mesh)
     step = found.step
     processes.run_on_lead(
         lambda: start.check(step, config, plan, template, workload.head, log, is_new)

@@ -10,7 +10,7 @@ import pytest
 
 from tests import harness
 from tests.end_to_end import program as programs
-from training import checkpointing, compilation
+from training import checkpointing, compilation, restoring
 
 pytestmark = pytest.mark.slow
 
@@ -77,13 +77,13 @@ def test_an_imported_checkpoint_starts_a_run(reached, digits_dir, tmp_path):
     )
     head = ('params', 'fc')
     path, mesh = tmp_path / 'imported', compilation.make_mesh()
-    assert checkpointing.check_weights(path, ours, head) == []
-    weights = checkpointing.weights(path, compilation.place(mesh, ours))
+    assert restoring.check_weights(path, ours, head) == []
+    weights = restoring.weights(path, compilation.place(mesh, ours))
     assert harness.is_same(weights, tree['variables'])
     ours['params']['fc'] = {'kernel': np.zeros((256, 3), np.float32),
                             'bias': np.zeros(3, np.float32)}  # fmt: skip
-    assert checkpointing.check_weights(path, ours, head) == ['params/fc/bias', 'params/fc/kernel']
-    weights = checkpointing.weights(path, compilation.place(mesh, ours))
+    assert restoring.check_weights(path, ours, head) == ['params/fc/bias', 'params/fc/kernel']
+    weights = restoring.weights(path, compilation.place(mesh, ours))
     assert harness.is_same(weights['params']['fc'], ours['params']['fc'])
     assert harness.is_same(weights['batch_stats'], tree['variables']['batch_stats'])
     programs.share_programs(tmp_path)

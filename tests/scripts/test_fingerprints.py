@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import exact_sums
+import fingerprints
 from scripts import compare_runs, fingerprint
 from training import checkpointing
 
@@ -30,8 +30,8 @@ def tree():
 
 
 def test_devices_find_the_fingerprint_that_a_host_finds(tree):
-    expected = exact_sums.fingerprints_on_host(tree)
-    program = jax.jit(exact_sums.fingerprints)
+    expected = fingerprints.of_host_arrays(tree)
+    program = jax.jit(fingerprints.of)
     assert program(tree).tolist() == expected
     mesh = Mesh(np.array(jax.devices()[:8]), (AXIS,))
     spread, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(AXIS), PartitionSpec()))
@@ -81,17 +81,17 @@ def next_step(tree):
     [lowest_bit, sign_of_zero, swapped, renamed, reshaped, another_dtype, next_step],
 )
 def test_any_change_is_another_fingerprint(tree, change):
-    before = exact_sums.fingerprints_on_host(tree)
-    assert exact_sums.fingerprints_on_host(copy.deepcopy(tree)) == before
+    before = fingerprints.of_host_arrays(tree)
+    assert fingerprints.of_host_arrays(copy.deepcopy(tree)) == before
     change(tree)
-    assert exact_sums.fingerprints_on_host(tree) != before
+    assert fingerprints.of_host_arrays(tree) != before
 
 
 def test_a_checkpoint_and_a_work_directory_are_read(tree, tmp_path, capsys):
     for step in (12, 5):
         path = tmp_path / 'run' / 'checkpoints' / str(step)
         checkpointing.write(path, tree | {'step': np.int32(step)}, {'step': step})
-    expected = exact_sums.shown(exact_sums.fingerprints_on_host(tree))
+    expected = fingerprints.shown(fingerprints.of_host_arrays(tree))
     assert fingerprint.main([str(tmp_path / 'run' / 'checkpoints' / '12')]) == 0
     assert capsys.readouterr().out.split()[:3] == [expected, 'step', '12']
     assert fingerprint.main([str(tmp_path / 'run')]) == 0

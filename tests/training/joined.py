@@ -28,11 +28,7 @@ def starts():
 
 def agrees():
     """What process 0 knows, all have; what it cannot do, none can."""
-    tree = {'a': np.arange(3.0), 'b': (np.int32(-5), np.array([[True]])), 'c': np.ones(0)}
     lead = processes.is_lead()
-    got = processes.broadcast_from_lead(tree if lead else jax.tree.map(np.zeros_like, tree))
-    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and (x == y).all(), tree, got)
-    assert all(jax.tree.leaves(same)), got
     for value in (None, True, 2**63 - 1, 'ä' * 1000, {'status': [1.5, 'aborted']}):
         got = processes.broadcast(value if lead else 'something longer, and not that')
         assert got == value, got
@@ -52,10 +48,10 @@ def agrees():
 
 def fails(who):
     """One process, or all of them; the others wait for it."""
-    processes.broadcast_from_lead(np.zeros(1))
+    processes.wait_for_all()
     if who in ('all', str(jax.process_index())):
         raise errors.FailedError(f'process {jax.process_index()} failed')
-    processes.broadcast_from_lead(np.zeros(1))
+    processes.wait_for_all()
 
 
 def ends_late(seconds):

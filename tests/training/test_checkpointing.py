@@ -20,7 +20,7 @@ import train_lib
 from models.llama.architectures import Architecture
 from settings.errors import CheckpointError, SaveError
 from tests import harness
-from training import checkpointing, compilation
+from training import checkpointing, compilation, restoring
 from training.checkpoint_saver import CheckpointSaver
 from workloads.llama31_8b.task import LanguageModelling
 from workloads.resnet.task import ImageClassification
@@ -38,7 +38,7 @@ def template(**kwargs):
 
 def find(directory, model=None, devices=1):
     mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
-    return checkpointing.find(directory, model or model_of(), mesh)
+    return restoring.find(directory, model or model_of(), mesh)
 
 
 def save(saver, step):
@@ -233,7 +233,7 @@ def test_weights_that_are_not_finite_start_no_run(tmp_path, value):
     tree['variables']['params']['conv1']['kernel'][0, 0, 0, 0] = value
     checkpointing.write(tmp_path / '3', tree, {})
     with pytest.raises(CheckpointError, match='1 arrays .* params/conv1/kernel'):
-        checkpointing.check_weights(tmp_path / '3', template().variables, ())
+        restoring.check_weights(tmp_path / '3', template().variables, ())
 
 
 def test_a_checkpoint_of_before_fingerprints_is_reported(tmp_path, monkeypatch):
@@ -284,7 +284,7 @@ def test_an_array_that_is_not_what_was_written_is_named(two_saved, tmp_path):
     with pytest.raises(CheckpointError, match='variables/params/fc/kernel'):
         checkpointing.read(tmp_path / '7')
     with pytest.raises(CheckpointError, match='variables/params/fc/kernel'):
-        checkpointing.check_weights(tmp_path / '7', template().variables, ())
+        restoring.check_weights(tmp_path / '7', template().variables, ())
     tree, reports = restored(tmp_path)
     assert harness.is_same(tree, tree_at(3))
     assert '1 of its arrays are not what was written' in reports[0]
@@ -295,12 +295,12 @@ def test_an_array_that_is_not_what_was_written_is_named(two_saved, tmp_path):
 def test_weights_of_another_model_start_no_run(two_saved, head):
     other = template(model='resnet18_cifar', image_size=32).variables
     with pytest.raises(CheckpointError, match='of another model'):
-        checkpointing.check_weights(two_saved / '7', other, head)
+        restoring.check_weights(two_saved / '7', other, head)
 
 
 def test_pieces_are_judged_as_the_whole(two_saved, monkeypatch):
     monkeypatch.setattr(checkpointing, 'PIECE', 100)
-    assert checkpointing.check_weights(two_saved / '7', template().variables, ()) == []
+    assert restoring.check_weights(two_saved / '7', template().variables, ()) == []
 
 
 def languages(devices):
@@ -316,7 +316,7 @@ def test_parts_are_saved_and_found_on_another_number_of_devices(tmp_path):
     before = 0
     for devices in (2, 8, 1, 4):
         model, mesh = languages(devices)
-        found = checkpointing.find(tmp_path, model, mesh)
+        found = restoring.find(tmp_path, model, mesh)
         if found.tree is None:
             state = compilation.initial_state(5, model, mesh)
         else:

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 import accumulation
 import exact_sums
+import fingerprints
 import train_lib
 from models.llama.architectures import Architecture
 from settings.errors import ConfigError
@@ -49,7 +50,7 @@ def trained(devices, dtype, architecture=SMALL, length=LENGTH, steps=STEPS):
             micro.append(jax.device_get(values))
         losses.append(metrics.measured(micro, BATCH)['loss'])
     assert int(state.step) == steps
-    return exact_sums.shown(programs.fingerprints(train_lib.to_saved(state))), losses
+    return fingerprints.shown(programs.fingerprints(train_lib.to_saved(state))), losses
 
 
 @pytest.fixture(scope='module', params=['float32', 'bfloat16'])
