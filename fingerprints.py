@@ -50,6 +50,10 @@ def _unsigned(array: Any) -> np.dtype:
     return np.dtype(f'uint{8 * array.dtype.itemsize}')
 
 
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, _unsigned(x))
+
+
 def _whole_shape(part: Any, dimension: int | None, parts: int) -> list[int]:
     """The shape of an array that is split into so many parts along a dimension, if it is."""
     return [n * parts if d == dimension else n for d, n in enumerate(part.shape)]
@@ -70,25 +74,25 @@ def _places(part: Sequence[int], whole: Sequence[int], starts: Sequence[jax.Arra
 
 
 def _fingerprint_of_part(
-    bits: jax.Array, whole: Sequence[int], dimension: int, index: jax.Array, first: np.uint64
+    part: jax.Array, whole: Sequence[int], dimension: int, index: jax.Array, first: np.uint64
 ) -> jax.Array:
     """The sum of the words of the part of this index, uint64.
 
     In blocks, one after the other: on a CPU, the words are in memory.
     """
-    even = [n for n in range(1, len(bits) + 1) if len(bits) % n == 0]
-    blocks = next((n for n in even if bits.size // n <= _BLOCK), len(bits))
-    rows = len(bits) // blocks
+    even = [n for n in range(1, len(part) + 1) if len(part) % n == 0]
+    blocks = next((n for n in even if part.size // n <= _BLOCK), len(part))
+    rows = len(part) // blocks
 
     def add(total, block):
         number, these = block
-        starts = [jnp.uint64(0)] * bits.ndim
-        starts[dimension] += index.astype(np.uint64) * np.uint64(bits.shape[dimension])
+        starts = [jnp.uint64(0)] * part.ndim
+        starts[dimension] += index.astype(np.uint64) * np.uint64(part.shape[dimension])
         starts[0] += number * np.uint64(rows)
         places = _places(these.shape, whole, starts) + first
-        return total + jnp.sum(_words(these, places), dtype=np.uint64), None
+        return total + jnp.sum(_words(_bits(these), places), dtype=np.uint64), None
 
-    parts = (jnp.arange(blocks, dtype=np.uint64), bits.reshape(blocks, rows, *bits.shape[1:]))
+    parts = (jnp.arange(blocks, dtype=np.uint64), part.reshape(blocks, rows, *part.shape[1:]))
     return lax.scan(add, jnp.uint64(0), parts)[0]
 
 
@@ -112,16 +116,16 @@ def of(
     found: list[jax.Array | None] = []  # None: it is one of those that are added up in rows.
     bits, places, rows = [], [], []
     for (name, x), first in zip(named(tree), first_places(tree, shapes), strict=True):
-        mine, dimension = lax.bitcast_convert_type(x, _unsigned(x)), split.get(name)
+        dimension = split.get(name)
         if dimension is None:
             rows.append(-(-x.size // _ROW))
             fill = (0, rows[-1] * _ROW - x.size)
-            bits.append(jnp.pad(mine.ravel().astype(np.uint32), fill))
+            bits.append(jnp.pad(_bits(x).ravel().astype(np.uint32), fill))
             place = jnp.arange(x.size, dtype=np.uint64) + first
             places.append(jnp.pad(place, fill, constant_values=_NOWHERE))
             found.append(None)
         else:
-            of_part = _fingerprint_of_part(mine, shapes[name], dimension, index, first)
+            of_part = _fingerprint_of_part(x, shapes[name], dimension, index, first)
             found.append(lax.psum(of_part, axis))
     # One vector, for a program of hundreds of sums takes many seconds to compile.
     place = jnp.concatenate(places)
