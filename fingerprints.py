@@ -135,18 +135,37 @@ def of(
     return jnp.stack([next(whole) if x is None else x for x in found])
 
 
-def words_on_host(x: np.ndarray, first: np.uint64) -> int:
-    """The sum, modulo 2^64, of the words of elements in a row; `first`: the first one's place."""
+def words_on_host(
+    block: np.ndarray, starts: Sequence[int], whole: Sequence[int], first: np.uint64
+) -> int:
+    """The sum, modulo 2^64, of the words of a block of an array.
+
+    Args:
+      block: it.
+      starts: where it begins in the array.
+      whole: the array's shape.
+      first: the place of the array's first element.
+    """
+    places = np.full(block.shape, first)
     with np.errstate(over='ignore'):
-        places = np.arange(x.size, dtype=np.uint64) + first
-        return int(np.sum(_words(x.view(_unsigned(x)).ravel(), places), dtype=np.uint64))
+        for d, (start, count) in enumerate(zip(starts, block.shape, strict=True)):
+            along = np.arange(start, start + count, dtype=np.uint64)
+            along *= np.uint64(math.prod(whole[d + 1 :]))
+            places += along.reshape(-1, *[1] * (block.ndim - d - 1))
+        return int(np.sum(_words(block.view(_unsigned(block)), places), dtype=np.uint64))
+
+
+def _of_host_array(x: np.ndarray, first: np.uint64) -> int:
+    row = x.ravel()
+    blocks = ((start, row[start : start + _BLOCK]) for start in range(0, x.size, _BLOCK))
+    return sum(words_on_host(block, (start,), row.shape, first) for start, block in blocks) % 2**64
 
 
 def of_host_arrays(tree: Mapping[str, Any]) -> list[int]:
     """The same of NumPy arrays, as Python's integers."""
     arrays = {name: np.asarray(x) for name, x in named(tree)}
     firsts = first_places(tree, {name: x.shape for name, x in arrays.items()})
-    return [words_on_host(x, first) for x, first in zip(arrays.values(), firsts, strict=True)]
+    return [_of_host_array(x, first) for x, first in zip(arrays.values(), firsts, strict=True)]
 
 
 def shown(found: Any) -> str:

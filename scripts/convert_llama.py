@@ -6,15 +6,19 @@
 
 The folder is one that `LlamaForCausalLM.from_pretrained` loads: config.json, and the weights in
 .safetensors files of at most 4 GB with an index. fp32, the default, is exact, there and back;
-bfloat16 is rounded to the nearest, ties to even. Exit status: 0, or 2 with the output untouched.
+bfloat16 is rounded to the nearest, ties to even. Weights are read and written in pieces, so that
+memory does not depend on the network; an import needs as much room again beside the output, for a
+while. Exit status: 0, or 2 with the output untouched.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'  # A conversion needs no accelerator, which 
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+import safetensors
 from safetensors import safe_open
 
 from models.llama.architectures import ARCHITECTURES, Architecture
@@ -30,7 +34,8 @@ from settings.errors import REJECTED, CheckpointError
 from training import checkpointing
 from workloads.llama31_8b import hugging_face
 
-SHARD_BYTES = 4 * 10**9
+FILE_BYTES = 4 * 10**9
+DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
 INDEX = 'model.safetensors.index.json'
 OURS = 'trained_by'  # What config.json says about the training, beside what Hugging Face reads.
 
@@ -41,67 +46,103 @@ def to_hugging_face(checkpoint: Path, out: Path, dtype: str) -> str:
     Raises:
       CheckpointError: it is not one of Llama.
     """
-    tree, record = checkpointing.read(checkpoint)
-    params = tree['variables']['params']
     try:
+        stored = checkpointing.Stored(checkpoint)
+        params = stored.unread().get('variables', {}).get('params')
         name = hugging_face.identify(params)
+        stored.check(stored.described())
     except CheckpointError as error:
         raise CheckpointError(f'{checkpoint}: {error}') from error
+    step = int(stored.read('step'))
     described = hugging_face.config(ARCHITECTURES[name], dtype)
-    described[OURS] = {'step': int(tree['step']), 'config': record.get('config')}
-    weights = hugging_face.exported(params)
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as folder:
-        partial = Path(folder) / out.name
+    described[OURS] = {'step': step, 'config': stored.record.get('config')}
+    with _temporary(out) as folder:
+        partial = folder / out.name
         partial.mkdir()
-        count = _write_shards(partial, ((n, x.astype(jnp.dtype(dtype))) for n, x in weights))
+        count = write_files(partial, dict(hugging_face.exported(params)), jnp.dtype(dtype))
         (partial / 'config.json').write_text(json.dumps(described, indent=1) + '\n')
         partial.rename(out)
-    return f'{out}: {name} after {int(tree["step"])} steps, {dtype}, {count} file(s)'
+    return f'{out}: {name} after {step} steps, {dtype}, {count} file(s)'
 
 
-def _write_shards(folder: Path, weights: Iterable[tuple[str, np.ndarray]]) -> int:
-    """Writes weights and their index; how many files it took."""
-    shards: list[list[str]] = []
-    waiting: dict[str, np.ndarray] = {}
-    total = size = 0
+@contextlib.contextmanager
+def _temporary(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for what is not yet whole."""
+    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as folder:
+        yield Path(folder)
 
-    def flush() -> None:
-        path = folder / f'shard-{len(shards)}'
-        safetensors.numpy.save_file(waiting, path, {'format': 'pt'})
-        shards.append(list(waiting))
-        waiting.clear()
 
-    for name, array in weights:
-        if waiting and size + array.nbytes > SHARD_BYTES:
-            flush()
-            size = 0
-        waiting[name] = np.ascontiguousarray(array)
-        size, total = size + array.nbytes, total + array.nbytes
-    flush()
+def write_files(folder: Path, weights: Mapping[str, Any], dtype: np.dtype) -> int:
+    """Writes weights, in their order, and their index; how many files it took."""
+    files: list[list[str]] = []
+    sizes = {name: x.size * dtype.itemsize for name, x in weights.items()}
+    room = 0
+    for name, size in sizes.items():
+        if not files or size > room:
+            files.append([])
+            room = FILE_BYTES
+        files[-1].append(name)
+        room -= size
     places: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f'model-{number + 1:05}-of-{len(shards):05}.safetensors'
-        (folder / f'shard-{number}').rename(folder / file)
+    for number, names in enumerate(files):
+        file = f'model-{number + 1:05}-of-{len(files):05}.safetensors'
+        _write_file(folder / file, {name: weights[name] for name in names}, dtype)
         places |= dict.fromkeys(names, file)
-    index = {'metadata': {'total_size': total}, 'weight_map': places}
+    index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': places}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + '\n')
-    return len(shards)
+    return len(files)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files of weights, by the index if there is one."""
+def _write_file(path: Path, weights: Mapping[str, Any], dtype: np.dtype) -> None:
+    """Writes a .safetensors file in pieces; the library that reads them writes whole ones alone.
+
+    The length of a header, 64 bits, the header, JSON, and the arrays' bytes
+    (github.com/huggingface/safetensors, README, "Format").
+    """
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    end = 0
+    for name, x in weights.items():
+        begin, end = end, end + x.size * dtype.itemsize
+        header[name] = {
+            'dtype': DTYPES[dtype.name],
+            'shape': list(x.shape),
+            'data_offsets': [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    with path.open('wb') as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for x in weights.values():
+            for piece in checkpointing.pieces(x.shape, np.float32):
+                np.ascontiguousarray(x[piece], dtype).tofile(file)
+
+
+class Weight:
+    """An array in a .safetensors file, read when it is sliced, as fp32, which holds bfloat16."""
+
+    def __init__(self, name: str, file: Any):
+        self._name, self._slice = name, file.get_slice(name)
+        self.shape = tuple(self._slice.get_shape())
+
+    def __getitem__(self, piece: Any) -> np.ndarray:
+        """A piece of it.
+
+        Raises:
+          CheckpointError: it has values that are not finite.
+        """
+        values = np.asarray(self._slice[piece].astype(jnp.float32))
+        if not np.isfinite(values).all():
+            raise CheckpointError(f'{self._name} is not finite')
+        return values
+
+
+def _weights(folder: Path) -> dict[str, Weight]:
+    """Every weight by its name, in the files of the index, if there is one."""
+    files = ['model.safetensors']
     if (folder / INDEX).exists():
-        places = json.loads((folder / INDEX).read_text())['weight_map']
-        return [folder / name for name in sorted(set(places.values()))]
-    return [folder / 'model.safetensors']
-
-
-def _read(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight by its name, as fp32, which holds bfloat16 exactly."""
-    for path in _files(folder):
-        with safe_open(path, framework='flax') as file:
-            for name in file.keys():  # noqa: SIM118  It is no dict.
-                yield name, np.asarray(file.get_tensor(name).astype(jnp.float32))
+        files = sorted(set(json.loads((folder / INDEX).read_text())['weight_map'].values()))
+    opened = [safe_open(folder / name, framework='flax') for name in files]
+    return {name: Weight(name, file) for file in opened for name in file.keys()}  # noqa: SIM118
 
 
 def architecture_of(described: Mapping[str, Any]) -> Architecture:
@@ -131,29 +172,32 @@ def from_hugging_face(folder: Path, out: Path) -> str:
     Raises:
       CheckpointError: it is not whole, or of another network.
     """
-    try:
-        described = json.loads((folder / 'config.json').read_text())
-        architecture = architecture_of(described)
-        weights = dict(_read(folder))
-        params = hugging_face.imported(weights, architecture.layers)
-        name = hugging_face.identify(params)
-        trained = described.get(OURS) or {'step': 0, 'config': None}
-        step, config = np.int32(trained['step']), trained['config']
-    except KeyError as error:
-        raise CheckpointError(f'{folder} lacks {error}') from error
-    except CheckpointError as error:
-        raise CheckpointError(f'{folder}: {error}') from error
-    except (
-        ValueError, TypeError, AttributeError, ArithmeticError, safetensors.SafetensorError
-    ) as error:  # fmt: skip
-        raise CheckpointError(f'{folder} is damaged: {checkpointing.first_line(error)}') from error
-    wild = [n for n, array in weights.items() if not np.isfinite(array).all()]
-    if wild:
-        raise CheckpointError(f'{folder}: {wild[0]} is not finite')
-    tree = {'variables': {'params': params}, 'step': step}
-    record = {'step': int(step), 'config': config, 'source': {'folder': folder.name}}
-    checkpointing.write(out, tree, record)
-    return f'{out}: {name}, after {step} steps'
+    with _temporary(out) as temporary:
+        numbers = itertools.count()
+
+        def on_disk(shape: Sequence[int]) -> np.ndarray:
+            path = temporary / str(next(numbers))
+            return np.memmap(path, np.float32, 'w+', shape=tuple(shape))
+
+        try:
+            described = json.loads((folder / 'config.json').read_text())
+            architecture = architecture_of(described)
+            params = hugging_face.imported(_weights(folder), architecture, on_disk)
+            trained = described.get(OURS) or {'step': 0, 'config': None}
+            step, config = np.int32(trained['step']), trained['config']
+        except KeyError as error:
+            raise CheckpointError(f'{folder} lacks {error}') from error
+        except CheckpointError as error:
+            raise CheckpointError(f'{folder}: {error}') from error
+        except (
+            ValueError, TypeError, AttributeError, ArithmeticError, safetensors.SafetensorError
+        ) as error:  # fmt: skip
+            what = checkpointing.first_line(error)
+            raise CheckpointError(f'{folder} is damaged: {what}') from error
+        tree = {'variables': {'params': params}, 'step': step}
+        record = {'step': int(step), 'config': config, 'source': {'folder': folder.name}}
+        checkpointing.write(out, tree, record)
+    return f'{out}: {hugging_face.identify(params)}, after {step} steps'
 
 
 def main(arguments: list[str]) -> int:
@@ -165,7 +209,7 @@ def main(arguments: list[str]) -> int:
     export = commands.add_parser('to-hugging-face')
     export.add_argument('source', metavar='CHECKPOINT', type=Path)
     export.add_argument('out', metavar='OUT_FOLDER', type=Path)
-    export.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+    export.add_argument('--dtype', choices=DTYPES, default='float32')
     importer = commands.add_parser('from-hugging-face')
     importer.add_argument('source', metavar='FOLDER', type=Path)
     importer.add_argument('out', metavar='OUT_CHECKPOINT', type=Path)

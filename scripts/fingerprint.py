@@ -35,9 +35,10 @@ def main(arguments: list[str]) -> int:
     status = 0
     for path in map(newest, parser.parse_args(arguments).paths):
         try:
-            tree, _ = checkpointing.read(path)
-            mark = fingerprints.shown(fingerprints.of_host_arrays(tree))
-            print(f'{mark}  step {int(tree["step"])}  {path}')
+            stored = checkpointing.Stored(path)
+            stored.check(stored.described())
+            marks = [int(mark, 16) for mark in stored.record['fingerprints'].values()]
+            print(f'{fingerprints.shown(marks)}  step {int(stored.read("step"))}  {path}')
         except CheckpointError as error:
             print(f'error: {path}: {error}', file=sys.stderr)
             status = 2

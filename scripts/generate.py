@@ -130,10 +130,12 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     try:
         path = newest(flags.checkpoint)
-        tree, record = checkpointing.read(path)
-        params = tree['variables']['params']
-        architecture = ARCHITECTURES[hugging_face.identify(params)]
-        config: dict[str, Any] = record.get('config') or {}
+        stored = checkpointing.Stored(path)
+        weights = stored.unread().get('variables', {}).get('params')
+        architecture = ARCHITECTURES[hugging_face.identify(weights)]
+        stored.check(name for name in stored.described() if name.startswith('variables/'))
+        params = jax.tree.map(np.asarray, weights)
+        config: dict[str, Any] = stored.record.get('config') or {}
         length = config.get('sequence_length', architecture.original_length)
         tokenizer: Tokenizer = File(flags.tokenizer) if flags.tokenizer else Bytes()
         tokens = tokenizer.encode(flags.text)
@@ -142,6 +144,7 @@ def main(arguments: list[str]) -> int:
                 f'the text must have a token, all below {architecture.vocabulary}, and --tokens '
                 'be above 0'
             )
+        length = min(length, len(tokens) + flags.tokens)
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return REJECTED

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fingerprints do not depend on devices; see also tests/scripts/test_fingerprints.py."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -40,3 +42,19 @@ def test_it_does_not_depend_on_how_arrays_are_split(monkeypatch, devices, row, b
     )
     found = jax.jit(program)(tree)
     assert [int(x) for x in found] == fingerprints.of_host_arrays(tree)
+
+
+@pytest.mark.parametrize('shape', [(), (5,), (4, 7), (3, 4, 6)])
+def test_blocks_of_an_array_add_up_to_it(shape):
+    """Read in any order, as the chunks of a checkpoint are."""
+    array = np.random.default_rng(6).standard_normal(shape).astype(np.float32)
+    (first,) = fingerprints.first_places({'a': array}, {'a': shape})
+    cuts = [(0, n // 3, n // 3 + 1, n) for n in shape]
+    blocks = list(itertools.product(*(itertools.pairwise(cut) for cut in cuts)))
+    total = sum(
+        fingerprints.words_on_host(
+            array[tuple(slice(*ends) for ends in block)], [b for b, _ in block], shape, first
+        )
+        for block in reversed(blocks)
+    )
+    assert [total % 2**64] == fingerprints.of_host_arrays({'a': array})

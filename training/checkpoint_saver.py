@@ -15,11 +15,9 @@ import orbax.checkpoint as ocp
 
 from settings.errors import SaveError
 from training import processes
-from training.checkpointing import first_line
+from training.checkpointing import first_line, to_save
 from training.processes import StartError
 
-PIECE = 2**22  # Bytes of an array that are compressed at once.
-FILE = 2**24  # Bytes of a file; TensorStore has as many in memory before it writes them.
 KEPT = 2  # The newest, and the one before it in case the newest is damaged.
 
 
@@ -102,14 +100,7 @@ class CheckpointSaver:
         self._saving = self._thread.submit(self._write, step, tree, record)
 
     def _write(self, step: int, tree: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE), tree)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(tree, save_args=pieces, ocdbt_target_data_file_size=FILE),
-                record=ocp.args.JsonSave(dict(record)),
-            ),
-        )
+        self._manager.save(step, args=to_save(tree, record))
 
     def wait(self) -> None:
         """Returns when the last save is on disk, or has failed and been reported."""

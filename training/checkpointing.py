@@ -8,6 +8,7 @@ Arrays are read one by one, whole or in part. `checkpoint_saver` writes them whi
 """
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,9 @@ from exact_sums import named
 from fingerprints import shown
 from settings.errors import CheckpointError
 
-PIECE = 2**28  # Bytes of an array that are judged at once.
+PIECE = 2**26  # Bytes of an array that are read at once, to be converted.
+CHUNK = 2**22  # Bytes of an array that are compressed at once.
+FILE = 2**24  # Bytes of a file; TensorStore has as many in memory before it writes them.
 
 
 def dtype_and_shape(x: Any) -> str:
@@ -51,6 +54,16 @@ def signed(
     marks = fingerprints.of_host_arrays(tree) if marks is None else marks
     each = {name: shown(mark) for (name, _), mark in zip(named(tree), marks, strict=True)}
     return dict(record) | {'fingerprint': shown(marks), 'fingerprints': each}
+
+
+def pieces(shape: Sequence[int], dtype: Any) -> Iterator[Any]:
+    """Slices of the first axis, one after the other, each of PIECE bytes at most or of one row."""
+    if not shape:
+        yield ...
+        return
+    rows = max(1, PIECE // max(1, np.dtype(dtype).itemsize * math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
 
 
 class Stored:
@@ -130,8 +143,12 @@ class Stored:
         """All arrays, whole, on the host."""
         return self._tree(self.read)
 
+    def unread(self) -> dict[str, Any]:
+        """All arrays as TensorStore's, which `np.asarray` reads: them, or slices of them."""
+        return self._tree(self._arrays.__getitem__)
+
     def check(self, names: Iterable[str]) -> list[str]:
-        """Reads arrays in pieces, and judges them; the names of those with values not finite.
+        """Reads arrays chunk by chunk, and judges them; the names of those with values not finite.
 
         Raises:
           CheckpointError: when one is not what was written.
@@ -144,26 +161,24 @@ class Stored:
         first = {name: f for (name, _), f in zip(named(tree), firsts, strict=True)}
         marks, wild = {}, []
         for name in names:
-            total, finite, place = 0, True, first[name]
-            for piece in self._pieces(name):
-                total += fingerprints.words_on_host(piece, place)
-                finite &= bool(np.isfinite(piece).all())
-                place += np.uint64(piece.size)
+            total, finite = 0, True
+            for starts, chunk in self._chunks(name):
+                total += fingerprints.words_on_host(chunk, starts, shapes[name], first[name])
+                finite &= bool(np.isfinite(chunk).all())
             marks[name] = shown(total % 2**64)
             wild += [] if finite else [name.removeprefix('variables/')]
         self.compare(marks)
         return wild
 
-    def _pieces(self, name: str) -> Iterator[np.ndarray]:
-        """An array's elements in their order, in pieces of PIECE bytes, or of one row."""
-        shape = self._arrays[name].shape
-        if not shape:
-            yield self.read(name)
-            return
-        row = self._arrays[name].dtype.numpy_dtype.itemsize * math.prod(shape[1:])
-        rows = max(1, PIECE // max(1, row))
-        for start in range(0, shape[0], rows):
-            yield self.read(name, slice(start, min(start + rows, shape[0])))
+    def _chunks(self, name: str) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        """An array's chunks, as they are on disk, and where they begin."""
+        array = self._arrays[name]
+        sizes = array.chunk_layout.read_chunk.shape or ()
+        steps = [range(0, n, size) for n, size in zip(array.shape, sizes, strict=True)]
+        for starts in itertools.product(*steps):
+            ends = [min(s + size, n)
+                    for s, size, n in zip(starts, sizes, array.shape, strict=True)]  # fmt: skip
+            yield starts, self.read(name, tuple(map(slice, starts, ends)))
 
     def compare(self, marks: Mapping[str, str]) -> None:
         """Raises CheckpointError unless arrays, by name, have the fingerprints of the record."""
@@ -212,18 +227,30 @@ def write(directory: Path, tree: Mapping[str, Any], record: Mapping[str, Any]) -
     """
     if directory.exists():
         raise FileExistsError(f'{directory} exists; move it away or choose another output')
+    (cpu,) = jax.local_devices(backend='cpu')[:1]
+    # Orbax copies all of NumPy's arrays before it writes, but no JAX array.
+    arrays = jax.tree.map(lambda x: jax.device_put(x, cpu, may_alias=True), tree)
     with ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
-            state=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler()
+            state=ocp.PyTreeCheckpointHandler(), record=ocp.JsonCheckpointHandler()
         )
     ) as checkpointer:
-        checkpointer.save(
-            directory.resolve(),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree),
-                record=ocp.args.JsonSave(signed(record, tree)),
-            ),
-        )
+        checkpointer.save(directory.resolve(), args=to_save(arrays, signed(record, tree)))
+
+
+def to_save(tree: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.Composite:
+    """What Orbax takes of a checkpoint, of JAX's arrays and a record."""
+
+    def chunks(x: jax.Array) -> ocp.SaveArgs:
+        # Of stacked layers, a chunk has one, for they are read one by one.
+        return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if x.ndim > 2 else ())
+
+    return ocp.args.Composite(
+        state=ocp.args.PyTreeSave(
+            tree, save_args=jax.tree.map(chunks, tree), ocdbt_target_data_file_size=FILE
+        ),
+        record=ocp.args.JsonSave(dict(record)),
+    )
 
 
 def first_line(error: Exception) -> str:

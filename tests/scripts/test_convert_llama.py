@@ -23,13 +23,16 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp('checkpoints') / '7'
     params = jax.device_get(network.init(jax.random.key(3), ARCHITECTURE))
     tree = {'variables': {'params': params}, 'step': np.int32(7)}
-    checkpointing.write(path, tree, {'step': 7, 'config': CONFIG})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointing, 'CHUNK', 20_000)  # So that arrays have many chunks.
+        checkpointing.write(path, tree, {'step': 7, 'config': CONFIG})
     return path
 
 
 @pytest.fixture(params=[4 * 10**9, 300_000], ids=['one file', 'several'])
 def exported(request, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_llama, 'SHARD_BYTES', request.param)
+    monkeypatch.setattr(convert_llama, 'FILE_BYTES', request.param)
+    monkeypatch.setattr(checkpointing, 'PIECE', request.param // 10)
     assert convert_llama.main(['to-hugging-face', str(checkpoint), str(tmp_path / 'hf')]) == 0
     return tmp_path / 'hf'
 
@@ -52,7 +55,7 @@ def test_shards_are_named_by_the_index(exported):
     files = sorted(path.name for path in exported.glob('*.safetensors'))
     assert sorted(set(index['weight_map'].values())) == files
     assert files[0].endswith(f'-of-{len(files):05}.safetensors')
-    assert (len(files) > 1) == (convert_llama.SHARD_BYTES < 10**6)
+    assert (len(files) > 1) == (convert_llama.FILE_BYTES < 10**6)
     assert index['metadata']['total_size'] == 4 * 455_712
 
 
@@ -95,6 +98,14 @@ def other_shape(folder):
     safetensors.numpy.save_file(weights, path)
 
 
+def not_finite(folder):
+    *_, path = sorted(folder.glob('*.safetensors'))
+    weights = safetensors.numpy.load_file(path)
+    weights['lm_head.weight'] = weights['lm_head.weight'].copy()
+    weights['lm_head.weight'][200, 5] = np.inf
+    safetensors.numpy.save_file(weights, path)
+
+
 def no_step(folder):
     path = folder / 'config.json'
     path.write_text(path.read_text().replace('"step": 7', '"step": "seven"'))
@@ -113,7 +124,8 @@ def cut_a_file(folder):
     ('damage', 'said'),
     [
         (other_width, 'describes none of the networks'),
-        (other_shape, 'other names or shapes'),
+        (other_shape, 'lm_head.weight has shape'),
+        (not_finite, 'lm_head.weight is not finite'),
         (no_step, 'is damaged'),
         (remove_a_file, 'safetensors'),
         (cut_a_file, 'is damaged'),

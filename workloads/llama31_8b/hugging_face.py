@@ -6,7 +6,7 @@ Theirs hold linear maps as (out, in), ours as (in, out). Heads and their rotary 
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from models.llama import network
 from models.llama.architectures import ARCHITECTURES, Architecture
 from models.llama.layer import FACTOR, HIGHEST, LOWEST, NORM_EPSILON
 from settings.errors import CheckpointError
+from training.checkpointing import pieces
 from workloads.llama31_8b.fields import LONGEST_SEQUENCE
 
 IN_A_LAYER = {
@@ -32,6 +33,12 @@ IN_A_LAYER = {
 EMBEDDING, NORM, HEAD = 'model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight'
 
 
+def described(architecture: Architecture) -> Any:
+    """The shapes of a network's weights."""
+    init = functools.partial(network.init, architecture=architecture)
+    return jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
 def identify(params: Any) -> str:
     """The name of the network that these weights are of, by their names and shapes.
 
@@ -40,9 +47,7 @@ def identify(params: Any) -> str:
     """
     found = jax.tree.map(np.shape, params)
     for name, architecture in ARCHITECTURES.items():
-        init = functools.partial(network.init, architecture=architecture)
-        expected = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-        if jax.tree.map(np.shape, expected) == found:
+        if jax.tree.map(np.shape, described(architecture)) == found:
             return name
     raise CheckpointError(
         f'it is none of the networks {", ".join(ARCHITECTURES)}: other names or shapes of weights'
@@ -84,32 +89,44 @@ def _name(layer: int, part: str) -> str:
 
 
 def exported(params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight by its name there, one after the other.
+    """Every weight by its name there, one after the other, as a view of ours.
 
     Args:
-      params: of models/llama/network.py, host arrays.
+      params: of models/llama/network.py; NumPy's arrays, or TensorStore's, which are not read yet.
     """
     yield EMBEDDING, params['embedding']
-    for layer in range(len(params['layers']['attention_norm']['scale'])):
+    for layer in range(params['layers']['attention_norm']['scale'].shape[0]):
         for (module, leaf), theirs in IN_A_LAYER.items():
             yield _name(layer, theirs), params['layers'][module][leaf][layer].T
     yield NORM, params['norm']
     yield HEAD, params['head'].T
 
 
-def imported(weights: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
-    """The inverse of `exported`.
+def _in_memory(shape: Sequence[int]) -> np.ndarray:
+    return np.empty(shape, np.float32)
+
+
+def imported(
+    weights: Mapping[str, Any],
+    architecture: Architecture,
+    empty: Callable[[Sequence[int]], np.ndarray] = _in_memory,
+) -> dict[str, Any]:
+    """The inverse of `exported`, a piece of one weight after the other.
+
+    Args:
+      weights: arrays by their name there, or what has a shape and gives arrays when it is sliced.
+      architecture: of the network.
+      empty: makes an fp32 array of a shape, to be filled.
 
     Raises:
       KeyError: a weight is missing.
+      CheckpointError: one has another shape.
     """
-    stacked: dict[str, Any] = {}
-    for (module, leaf), theirs in IN_A_LAYER.items():
-        arrays = [weights[_name(layer, theirs)].T for layer in range(layers)]
-        stacked.setdefault(module, {})[leaf] = np.stack(arrays)
-    return {
-        'embedding': weights[EMBEDDING],
-        'layers': stacked,
-        'norm': weights[NORM],
-        'head': weights[HEAD].T,
-    }
+    params = jax.tree.map(lambda x: empty(x.shape), described(architecture))
+    for name, ours in exported(params):
+        theirs = weights[name]
+        if tuple(theirs.shape) != ours.shape:
+            raise CheckpointError(f'{name} has shape {list(theirs.shape)}, not {list(ours.shape)}')
+        for piece in pieces(ours.shape, ours.dtype):
+            ours[piece] = theirs[piece]
+    return params

@@ -5,6 +5,7 @@ import json
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from models.llama import network
@@ -37,8 +38,9 @@ class Case:
         return np.load(folder / file)[f'logits_{precision}'], positions
 
     def params(self, dtype):
-        weights = {name: self.weight(name).astype(dtype) for name in self.values['parameters']}
-        return hugging_face.imported(weights, self.config['layers'])
+        weights = {name: self.weight(name) for name in self.values['parameters']}
+        params = hugging_face.imported(weights, self.architecture)
+        return jax.tree.map(lambda x: x.astype(dtype), params)
 
     def weight(self, name):
         """The rule of tests/golden/README.md."""

@@ -172,5 +172,5 @@ def test_half_precision_is_of_activations_alone(small):
 
 def test_hugging_face_names_are_ours_and_back(small):
     params, _ = small
-    again = hugging_face.imported(dict(hugging_face.exported(params)), SMALL.layers)
+    again = hugging_face.imported(dict(hugging_face.exported(params)), SMALL)
     jax.tree.map(np.testing.assert_array_equal, again, params)
