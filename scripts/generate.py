@@ -27,6 +27,7 @@ import numpy as np
 
 from models.llama import network
 from models.llama.architectures import ARCHITECTURES, Architecture
+from models.llama.layer import Layer
 from scripts.fingerprint import newest
 from settings.errors import REJECTED
 from training import checkpointing
@@ -90,7 +91,7 @@ def _next(
     architecture: Architecture,
 ) -> jax.Array:
     """A token drawn after the first `count` of a window; the likeliest at temperature 0."""
-    x = network.activations(params, window[None], architecture, jnp.dtype('float32'))
+    x = network.activations(params, window[None], Layer(architecture, jnp.dtype('float32')))
     scores = network.logits(x[0, count - 1], params['head'])
     drawn = jax.random.categorical(key, scores / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, drawn, scores.argmax())

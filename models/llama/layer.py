@@ -106,25 +106,28 @@ def _softmax_backward(probabilities, gradient):
 softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
-def is_fused(dtype: jnp.dtype) -> bool:
-    """Whether cuDNN computes attention, in one kernel: half precision, on Ampere GPUs and later."""
+def can_fuse(dtype: jnp.dtype) -> bool:
+    """Whether cuDNN has a kernel for attention: in half precision, on Ampere GPUs and later."""
     device = jax.devices()[0]
     is_half = jnp.finfo(dtype).bits == 16
     return is_half and device.platform == 'gpu' and float(device.compute_capability) >= 8
 
 
-def attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+def attention(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, fused: bool = False
+) -> jax.Array:
     """Causal attention of grouped queries (Ainslie et al. 2023, arXiv:2305.13245).
 
     Args:
       queries: [N, length, heads, size].
       keys, values: [N, length, key_value_heads, size].
+      fused: whether cuDNN computes it. Else N · heads · length² probabilities are in memory.
 
     Returns:
       [N, length, heads, size] in the dtype of `queries`; probabilities are computed in fp32 at
-      least. Needs memory for N · heads · length² of them, unless it `is_fused`.
+      least.
     """
-    if is_fused(queries.dtype):
+    if fused:
         return jax.nn.dot_product_attention(
             queries, keys, values, is_causal=True, implementation='cudnn'
         )
@@ -145,10 +148,12 @@ class Layer(nn.Module):
     Attributes:
       architecture: the network's.
       dtype: of activations; weights are fp32.
+      fused: whether cuDNN computes attention; see `can_fuse`.
     """
 
     architecture: Architecture
     dtype: jnp.dtype
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -179,6 +184,7 @@ class Layer(nn.Module):
             turn(heads(h, a.heads, 'query')),
             turn(heads(h, a.key_value_heads, 'key')),
             heads(h, a.key_value_heads, 'value'),
+            self.fused,
         )
         x = x + linear(a.width, 'output', narrow)(mixed.reshape(*x.shape[:2], -1))
         h = norm('feed_forward_norm')(x)

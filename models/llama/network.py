@@ -78,16 +78,15 @@ def by_rows(
 
 
 def _through_layers(
-    params: Params, tokens: jax.Array, architecture: Architecture, dtype: jnp.dtype, whole: Whole
+    params: Params, tokens: jax.Array, layer: Layer, whole: Whole
 ) -> tuple[jax.Array, jax.Array]:
     """What comes out of the last layer, and every layer's input [layers, N, length, width]."""
-    layer = Layer(architecture, dtype)
 
     def step(x, weights):
         weights, x = lax.optimization_barrier((weights, x))
         return layer.apply({'params': whole('layers', weights)}, x), x
 
-    x = whole('embedding', params['embedding'])[tokens].astype(dtype)
+    x = whole('embedding', params['embedding'])[tokens].astype(layer.dtype)
     return lax.scan(step, x, params['layers'])
 
 
@@ -99,19 +98,17 @@ def _normed(x: jax.Array, scale: jax.Array) -> jax.Array:
 def activations(
     params: Params,
     tokens: jax.Array,
-    architecture: Architecture,
-    dtype: jnp.dtype,
+    layer: Layer,
     whole: Whole = as_it_is,
 ) -> jax.Array:
-    """What the head takes, [N, length, width] in `dtype`, from tokens, int [N, length]."""
-    return _normed(_through_layers(params, tokens, architecture, dtype, whole)[0], params['norm'])
+    """What the head takes, [N, length, width] in the layer's dtype, from tokens [N, length]."""
+    return _normed(_through_layers(params, tokens, layer, whole)[0], params['norm'])
 
 
 def gradient(
     params: Params,
     tokens: jax.Array,
-    architecture: Architecture,
-    dtype: jnp.dtype,
+    layer: Layer,
     scale: jax.Array,
     whole: Whole = as_it_is,
     summed: Summed = as_it_is,
@@ -125,15 +122,13 @@ def gradient(
     Args:
       params: as `init` makes them, or each device's parts.
       tokens: int [N, length + 1].
-      architecture: of the network.
-      dtype: of activations.
+      layer: every one of the network, unbound.
       scale: scalar.
       whole: makes whole weights of parts.
       summed: what becomes of a gradient.
     """
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    layer = Layer(architecture, dtype)
-    x, layer_inputs = _through_layers(params, inputs, architecture, dtype, whole)
+    x, layer_inputs = _through_layers(params, inputs, layer, whole)
 
     def loss_of(x, norm, head):
         return sequence_losses(_normed(x, norm), head, labels).mean()
@@ -151,8 +146,10 @@ def gradient(
         return by_x, summed('layers', by_weights['params'])
 
     by_x, by_layers = lax.scan(step, by_x, (params['layers'], layer_inputs), reverse=True)
-    shape, wide = (architecture.vocabulary, architecture.width), params['embedding'].dtype
-    by_embedding = lax.optimization_barrier(by_rows(shape, wide, inputs, by_x))
+    sizes, wide = layer.architecture, params['embedding'].dtype
+    by_embedding = lax.optimization_barrier(
+        by_rows((sizes.vocabulary, sizes.width), wide, inputs, by_x)
+    )
     return loss, {
         'embedding': summed('embedding', by_embedding),
         'layers': by_layers,

@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from models.llama import network
 from models.llama.architectures import ARCHITECTURES
+from models.llama.layer import Layer
 from scripts import convert_llama, generate
 from tests.harness import is_same
 from training import checkpointing
@@ -68,7 +69,7 @@ def test_hugging_face_loads_it_and_computes_the_same(exported, checkpoint):
     with torch.no_grad():
         theirs = model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
     params = checkpointing.read(checkpoint)[0]['variables']['params']
-    x = network.activations(params, tokens, ARCHITECTURE, np.dtype('float32'))
+    x = network.activations(params, tokens, Layer(ARCHITECTURE, np.dtype('float32')))
     np.testing.assert_allclose(network.logits(x, params['head']), theirs, atol=2e-6)
     # What it writes itself is read, too.
     model.save_pretrained(exported.with_name('theirs'))

@@ -17,6 +17,7 @@ import exact_sums
 from exact_sums import FixedPoint
 from models.llama import network
 from models.llama.architectures import Architecture
+from models.llama.layer import Layer
 from train_lib import AXIS, Variables
 
 # All matrices, and which of their dimensions is the network's width.
@@ -47,11 +48,17 @@ class LanguageModelling:
       architecture: of the network.
       length: of a sequence, in tokens.
       dtype: of activations.
+      fused: whether cuDNN computes attention.
     """
 
     architecture: Architecture
     length: int
     dtype: str
+    fused: bool = False
+
+    @property
+    def _layer(self) -> Layer:
+        return Layer(self.architecture, jnp.dtype(self.dtype), self.fused)
 
     def abstract_batch(self, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch."""
@@ -103,8 +110,7 @@ class LanguageModelling:
         loss, gradient = network.gradient(
             variables['params'],
             batch['tokens'],
-            self.architecture,
-            jnp.dtype(self.dtype),
+            self._layer,
             scale,
             self._whole,
             summed,
@@ -118,9 +124,7 @@ class LanguageModelling:
           {'loss': fp32, 'examples': bool}, [N]; nothing of one that only fills up the batch.
         """
         params, tokens = variables['params'], batch['tokens']
-        x = network.activations(
-            params, tokens[:, :-1], self.architecture, jnp.dtype(self.dtype), self._whole
-        )
+        x = network.activations(params, tokens[:, :-1], self._layer, self._whole)
         losses = network.sequence_losses(x, self._whole('head', params['head']), tokens[:, 1:])
         return {
             'loss': jnp.where(batch['is_real'], losses, 0.0),

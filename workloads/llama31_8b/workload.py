@@ -4,8 +4,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from input_pipeline import Pipeline, Share
 from models.llama.architectures import ARCHITECTURES
+from models.llama.layer import can_fuse
 from settings.plan import Course, Plan
 from training.workload import Optimizer, Workload
 from workloads.llama31_8b import corpora, course, optimizers, sequences
@@ -52,7 +55,12 @@ class Llama:
 
     def task(self, config: LlamaConfig, dataset: Corpus) -> LanguageModelling:
         """See the contract."""
-        return LanguageModelling(ARCHITECTURES[config.model], config.sequence_length, config.dtype)
+        return LanguageModelling(
+            ARCHITECTURES[config.model],
+            config.sequence_length,
+            config.dtype,
+            fused=can_fuse(jnp.dtype(config.dtype)),
+        )
 
     def optimizer(self, config: LlamaConfig, plan: Plan) -> Optimizer:
         """See the contract."""

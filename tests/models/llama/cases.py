@@ -10,6 +10,7 @@ import numpy as np
 
 from models.llama import network
 from models.llama.architectures import Architecture
+from models.llama.layer import Layer
 from workloads.llama31_8b import hugging_face
 
 FOLDER = Path(__file__).parents[2] / 'golden' / 'llama31_8b' / 'model'
@@ -58,6 +59,6 @@ class Case:
 
 
 def loss(params, tokens, architecture, dtype):
-    x = network.activations(params, tokens[:, :-1], architecture, dtype)
+    x = network.activations(params, tokens[:, :-1], Layer(architecture, dtype))
     flat = x.reshape(-1, x.shape[-1])
     return network.losses(flat, params['head'], tokens[:, 1:].ravel()).mean()

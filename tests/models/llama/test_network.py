@@ -8,6 +8,7 @@ import pytest
 
 from models.llama import layer, network
 from models.llama.architectures import ARCHITECTURES, Architecture
+from models.llama.layer import Layer
 from tests.harness import equations
 from tests.models.llama.cases import FOLDER, NAMES, Case, loss
 from workloads.llama31_8b import hugging_face
@@ -37,7 +38,7 @@ def elsewhere(request, case):
 def test_logits_are_the_official_ones(case, elsewhere, dtype, golden, close):
     with jax.enable_x64(dtype == 'float64'):
         params, tokens = case.params(dtype), case.tokens(0)[:, :-1]
-        x = network.activations(params, tokens, case.architecture, jnp.dtype(dtype))
+        x = network.activations(params, tokens, Layer(case.architecture, jnp.dtype(dtype)))
         found = np.asarray(network.logits(x, params['head']))
     assert found.dtype == dtype
     expected, positions = case.logits(golden, elsewhere)
@@ -50,7 +51,7 @@ def test_losses_and_gradients_are_the_official_ones(case, dtype, golden, close):
         params, tokens = case.params(dtype), case.tokens(0)
         value, gradient = jax.jit(
             lambda p: network.gradient(
-                p, tokens, case.architecture, jnp.dtype(dtype), jnp.ones((), dtype)
+                p, tokens, Layer(case.architecture, jnp.dtype(dtype)), jnp.ones((), dtype)
             )
         )(params)
     assert value.dtype == dtype
@@ -112,7 +113,9 @@ def test_the_written_out_gradient_is_that_of_the_loss(small):
     dtype = jnp.dtype('float64')
     with jax.enable_x64(True):
         expected = jax.jit(jax.value_and_grad(lambda p: loss(p, tokens, SMALL, dtype)))(params)
-        found = jax.jit(lambda p: network.gradient(p, tokens, SMALL, dtype, jnp.float64(1)))(params)
+        found = jax.jit(lambda p: network.gradient(p, tokens, Layer(SMALL, dtype), jnp.float64(1)))(
+            params
+        )
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11 * np.abs(b).max()),
             found,
@@ -126,14 +129,15 @@ def test_a_token_depends_on_none_that_follows(small):
     other[:, 9:] = (other[:, 9:] + 1) % SMALL.vocabulary
     with jax.enable_x64(True):
         a, b = (
-            network.activations(params, t, SMALL, jnp.dtype('float64')) for t in (tokens, other)
+            network.activations(params, t, Layer(SMALL, jnp.dtype('float64')))
+            for t in (tokens, other)
         )
     np.testing.assert_array_equal(a[:, :9], b[:, :9])
     assert (a[:, 9] != b[:, 9]).any(-1).all()
 
 
 def gradient(params, tokens, dtype):
-    return network.gradient(params, tokens, SMALL, jnp.dtype(dtype), jnp.float32(1))
+    return network.gradient(params, tokens, Layer(SMALL, jnp.dtype(dtype)), jnp.float32(1))
 
 
 def test_losses_do_not_depend_on_how_many_are_computed_at_a_time(small, monkeypatch):
@@ -161,7 +165,7 @@ def test_half_precision_multiplies_nothing_wider_and_nothing_is_scattered(small)
 def test_half_precision_is_of_activations_alone(small):
     params, tokens = small
     params = jax.tree.map(np.float32, params)
-    x = network.activations(params, tokens[:, :-1], SMALL, jnp.dtype('bfloat16'))
+    x = network.activations(params, tokens[:, :-1], Layer(SMALL, jnp.dtype('bfloat16')))
     assert x.dtype == jnp.bfloat16
     value, gradient = jax.value_and_grad(loss)(params, tokens, SMALL, jnp.dtype('bfloat16'))
     exact = loss(params, tokens, SMALL, jnp.dtype('float32'))

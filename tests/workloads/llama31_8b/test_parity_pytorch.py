@@ -9,6 +9,7 @@ import pytest
 
 from models.llama import network
 from models.llama.architectures import Architecture
+from models.llama.layer import Layer
 from workloads.llama31_8b import hugging_face, optimizers
 from workloads.llama31_8b.task import LanguageModelling
 
@@ -42,7 +43,7 @@ def ours(params):
     @jax.jit
     def step(params, state, tokens):
         found = [
-            network.gradient(params, micro, SIZES, jnp.dtype('float64'), jnp.float64(1))
+            network.gradient(params, micro, Layer(SIZES, jnp.dtype('float64')), jnp.float64(1))
             for micro in tokens
         ]
         loss, gradient = jax.tree.map(lambda *x: sum(x) / len(x), *found)
