@@ -28,6 +28,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 import train_lib
 from settings import backend
@@ -40,9 +41,10 @@ INSTRUCTION = re.compile(r' *(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?
 SHAPE = re.compile(r'(?:pred|[a-z]+(\d+))\[([\d,]*)\]')
 # What starts no kernel, or, like a loop, only those of its body.
 FREE = 'while parameter constant tuple get-tuple-element bitcast after-all partition-id copy-done'
+SLICES, RESHAPES = ('slice', 'dynamic-slice', 'gather'), ('bitcast', 'reshape', 'transpose')
 LAYOUTS = {'b01f': 'NHWC', 'bf01': 'NCHW'}
 SMALL = 0.05  # MB an image.
-WHEELS = ('jax-cuda12-pjrt', 'nvidia-cuda-nvcc-cu12')
+COMPILERS = ('jax-cuda12-pjrt', 'jax-cuda13-pjrt')
 
 
 class Instruction(NamedTuple):
@@ -71,8 +73,8 @@ def same_dimensions(one: str, other: str) -> bool:
 
 
 def size(shape: str) -> int:
-    """Bytes of a result, without cuDNN's scratch memory at the end of a tuple."""
-    return sum(count * width for count, width in arrays(re.sub(r', u8\[\d+\]\{0\}\)$', ')', shape)))
+    """Bytes of a result, without the scratch memory of a library at the end of a tuple."""
+    return sum(count * width for count, width in arrays(re.sub(r', [us]8\[\d+\]\{0\}\)$', ')', shape)))
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -93,22 +95,31 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 def bytes_read(
     kernel: Instruction, body: dict[str, Instruction], fused: dict[str, Instruction]
 ) -> int:
-    """Of a kernel's operands; of one that it slices, itself or after other work, the slices."""
+    """Of a kernel's operands; of one that it slices, itself or after other work, the slices.
+
+    Of one that it changes in part, nothing.
+    """
     users = collections.defaultdict(list)
     for name, instruction in fused.items():
         for operand in instruction.operands:
             users[operand].append(name)
 
+    def by(user: str, name: str, whole: int) -> int:
+        """Elements of a value that one of its users needs."""
+        kernel = fused[user]
+        if kernel.op in SLICES and kernel.operands[0] == name:
+            return next(arrays(kernel.shape))[0]
+        if kernel.op == 'dynamic-update-slice' and kernel.operands[0] == name:
+            return 0
+        if kernel.op in RESHAPES or same_dimensions(kernel.shape, fused[name].shape):
+            return needed(user)
+        return whole
+
     @functools.cache
     def needed(name: str) -> int:
         """Elements of a value inside the kernel."""
         ((whole, _),) = arrays(fused[name].shape)
-        parts = [
-            needed(user)
-            if fused[user].op == 'slice' or same_dimensions(fused[user].shape, fused[name].shape)
-            else whole
-            for user in users[name]
-        ]
+        parts = [by(user, name, whole) for user in users[name]]
         return min(whole, sum(parts)) if parts else whole
 
     read = sum(size(body[name].shape) for name in kernel.operands)
@@ -117,6 +128,15 @@ def bytes_read(
             ((count, width),) = arrays(parameter.shape)
             read -= (count - needed(name)) * width
     return read
+
+
+def bytes_written(kernel: Instruction, fused: dict[str, Instruction]) -> int:
+    """Of a kernel's results; of one that it changes in part, that part."""
+    written = size(kernel.shape)
+    for part in fused.values():
+        if part.op == 'dynamic-update-slice':
+            written -= size(part.shape) - size(fused[part.operands[1]].shape)
+    return written
 
 
 def analyse(text: str, batch: int) -> dict[str, str]:
@@ -134,8 +154,9 @@ def analyse(text: str, batch: int) -> dict[str, str]:
         for kernel in (i for i in body.values() if i.op not in FREE.split()):
             fused = computations.get(kernel.attribute('calls=%'), {})
             into = bytes_read(kernel, body, fused)
-            read, written = read + into, written + size(kernel.shape)
-            kernels.append((into + size(kernel.shape)) / batch / 1e6)
+            out = bytes_written(kernel, fused)
+            read, written = read + into, written + out
+            kernels.append((into + out) / batch / 1e6)
             target = kernel.attribute('custom_call_target="')
             if target.startswith('__cudnn$conv'):
                 convolutions[target.removeprefix('__cudnn$')] += 1
@@ -158,14 +179,32 @@ def analyse(text: str, batch: int) -> dict[str, str]:
     }
 
 
-def compile_step(device: str, dtype: str, batch: int) -> jax.stages.Compiled:
+def prepare() -> None:
+    """Makes JAX ready to compile without a device; ends the program where it cannot."""
+    if not any(list(metadata.distributions(name=name)) for name in COMPILERS):
+        sys.exit(f'installed is none of {", ".join(COMPILERS)}; see the top of speed/gpu_hlo.py')
+    jax.config.update('jax_platforms', 'cpu')
+    # Candidates cannot be tried, and products by Triton must be.
+    untried = ('--xla_gpu_autotune_level=0', '--xla_gpu_enable_triton_gemm=false')
+    backend.configure(*backend.DETERMINISTIC_GPU_FLAGS, *untried)
+
+
+def mesh_of(spec: str, devices: int = 1) -> Mesh:
+    """A mesh of devices that are not there; `spec`: the name of a file of gpu_specs."""
+    topology = topologies.get_topology_desc(
+        platform='cuda',
+        target_config=(SPECS / f'{spec}.txtpb').read_text(),
+        topology=f'1x1x{devices}',
+    )
+    return Mesh(np.array(topology.devices), (train_lib.AXIS,))
+
+
+def compile_step(spec: str, dtype: str, batch: int) -> jax.stages.Compiled:
     """The training step of configs/imagenet.py, `batch` images on one device."""
     _, plan, _, model = cases.prepare(
         'configs/imagenet.py', 1, dtype=dtype, global_batch_size=batch, micro_batch_size=batch
     )
-    topology = topologies.get_topology_desc(platform='cuda', target_config=device, topology='1x1x1')
-    mesh = jax.sharding.Mesh(np.array(topology.devices), (train_lib.AXIS,))
-    return compilation.trace_train(model, plan.micro_batch_size, mesh).lower().compile()
+    return compilation.trace_train(model, plan.micro_batch_size, mesh_of(spec)).lower().compile()
 
 
 def main() -> None:
@@ -175,14 +214,10 @@ def main() -> None:
     parser.add_argument('--dtypes', default='float32,bfloat16')
     parser.add_argument('--batch', type=int, default=256, help='a multiple of bn_span (64)')
     flags = parser.parse_args()
-    if missing := [name for name in WHEELS if not list(metadata.distributions(name=name))]:
-        sys.exit(f'not installed: {", ".join(missing)}; see the top of speed/gpu_hlo.py')
-    jax.config.update('jax_platforms', 'cpu')
-    # Autotuning runs candidates on the device.
-    backend.configure(*backend.DETERMINISTIC_GPU_FLAGS, '--xla_gpu_autotune_level=0')
-    device, columns = (SPECS / f'{flags.spec}.txtpb').read_text(), {}
+    prepare()
+    columns = {}
     for dtype in flags.dtypes.split(','):
-        compiled = compile_step(device, dtype, flags.batch)
+        compiled = compile_step(flags.spec, dtype, flags.batch)
         text, memory = compiled.as_text(), compiled.memory_analysis()
         assert text
         assert memory
