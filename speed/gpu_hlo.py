@@ -74,7 +74,9 @@ def same_dimensions(one: str, other: str) -> bool:
 
 def size(shape: str) -> int:
     """Bytes of a result, without the scratch memory of a library at the end of a tuple."""
-    return sum(count * width for count, width in arrays(re.sub(r', [us]8\[\d+\]\{0\}\)$', ')', shape)))
+    return sum(
+        count * width for count, width in arrays(re.sub(r', [us]8\[\d+\]\{0\}\)$', ')', shape))
+    )
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
