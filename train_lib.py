@@ -187,17 +187,15 @@ def to_saved(state: TrainState) -> dict[str, Any]:
     }
 
 
-@jax.enable_x64(True)  # For the integers of the accumulator.
 def from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:
-    """The inverse of `to_saved`, for a run whose state has the shapes and dtypes of `template`."""
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), template)
-    inner = flax.serialization.from_state_dict(zeros.opt_state.inner_opt_state, saved['opt_state'])
-    scale = saved['loss_scale']
+    """The inverse of `to_saved`; what that leaves out stays as in `template`, zero in a state."""
+    gathered, scale = template.opt_state, saved['loss_scale']
+    inner = flax.serialization.from_state_dict(gathered.inner_opt_state, saved['opt_state'])
     return dataclasses.replace(
-        zeros,
+        template,
         variables=saved['variables'],
-        opt_state=zeros.opt_state._replace(inner_opt_state=inner, gradient_step=saved['step']),
-        loss_scale=LossScale(scale['value'], scale['value'], scale['good_steps']),
+        opt_state=gathered._replace(inner_opt_state=inner, gradient_step=saved['step']),
+        loss_scale=LossScale(scale['value'], jnp.copy(scale['value']), scale['good_steps']),
     )
 
 

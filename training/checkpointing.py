@@ -7,7 +7,6 @@ Arrays are read one by one, whole or in part. `checkpoint_saver` writes them whi
 `restoring` reads what a run starts from.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -136,8 +135,14 @@ class Stored:
 
     def placed(self, name: str, like: Any) -> jax.Array:
         """An array on the devices as `like`, of which a process reads what its own devices hold."""
-        read = functools.partial(self.read, name)
-        return jax.make_array_from_callback(like.shape, like.sharding, read)
+        where = like.sharding.addressable_devices_indices_map(like.shape)
+        # Never NumPy's own memory, which could not be donated: it would be copied with all others.
+        parts = [
+            jax.device_put(self.read(name, index), device, may_alias=False)
+            for device, index in where.items()
+        ]
+        placed = jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
+        return jax.block_until_ready(placed)  # What was read is in memory until then.
 
     def tree(self) -> dict[str, Any]:
         """All arrays, whole, on the host."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -90,34 +91,33 @@ def placed_shapes(mesh: Mesh, tree: Any, split: Mapping[str, int]) -> Any:
     return _placed(mesh, specs(tree, split), tree)
 
 
-def _on_mesh(function: Callable, argument: Any, model: Model, mesh: Mesh, **options: Any) -> Any:
-    """A state that a function makes, in parts: never whole in one place."""
-    shapes = placed_shapes(mesh, train_lib.abstract_state(model), model.task.split)
-    inside = jax.enable_x64(jax.enable_x64.value)(function)
-    with jax.enable_x64(True):  # Else 64-bit integers would be cut to 32 bits.
-        shardings = jax.tree.map(lambda s: s.sharding, shapes)
-        return jax.jit(inside, out_shardings=shardings, **options)(argument)
-
-
 def initial_state(seed: int, model: Model, mesh: Mesh) -> TrainState:
-    """A run's state at step 0, on the mesh."""
+    """A run's state at step 0, on the mesh; made in parts, never whole in one place."""
 
+    @jax.enable_x64(jax.enable_x64.value)
     def create(key):
         return train_lib.create_train_state(jax.random.wrap_key_data(key), model)
 
+    shapes = placed_shapes(mesh, train_lib.abstract_state(model), model.task.split)
+    shardings = jax.tree.map(lambda s: s.sharding, shapes)
     # It runs once. Fully optimised, it would take a third of the time that a run takes to compile.
     quick = {'xla_backend_optimization_level': 1}
     key = np.asarray(jax.random.key_data(train_lib.init_key(seed)))
-    return _on_mesh(create, key, model, mesh, compiler_options=quick)
+    with jax.enable_x64(True):  # Else 64-bit integers would be cut to 32 bits.
+        return jax.jit(create, out_shardings=shardings, compiler_options=quick)(key)
 
 
 def resumed_state(saved: Any, model: Model, mesh: Mesh) -> TrainState:
-    """The state that a checkpoint holds; `saved`: as `train_lib.to_saved`, on the mesh; donated."""
+    """The state that has the arrays of `saved`, which is as `train_lib.to_saved`, on the mesh."""
+    shapes = placed_shapes(mesh, train_lib.abstract_state(model), model.task.split)
 
-    def resume(saved):
-        return train_lib.from_saved(saved, train_lib.abstract_state(model))
+    def zeros_unless_saved(x):
+        if isinstance(x, jax.Array):
+            return x
+        return jnp.zeros(x.shape, x.dtype, device=x.sharding)
 
-    return _on_mesh(resume, saved, model, mesh, donate_argnums=0)
+    with jax.enable_x64(True):  # Else 64-bit integers would be cut to 32 bits.
+        return jax.tree.map(zeros_unless_saved, train_lib.from_saved(saved, shapes))
 
 
 def lifted(
