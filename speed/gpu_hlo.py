@@ -3,7 +3,8 @@
 
     python speed/gpu_hlo.py [--spec h200] [--dtypes float32,bfloat16] [--batch 256]
 
-Needs the compiler beside either lock, but no driver and no device:
+Needs the compiler, but no driver and no device. `scripts/setup_env.sh --cuda13` has it; beside the
+lock for CPUs it is
 
     pip install --no-deps -c requirements.txt jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 
@@ -44,7 +45,7 @@ FREE = 'while parameter constant tuple get-tuple-element bitcast after-all parti
 SLICES, RESHAPES = ('slice', 'dynamic-slice', 'gather'), ('bitcast', 'reshape', 'transpose')
 LAYOUTS = {'b01f': 'NHWC', 'bf01': 'NCHW'}
 SMALL = 0.05  # MB an image.
-COMPILERS = ('jax-cuda12-pjrt', 'jax-cuda13-pjrt')
+COMPILERS = (('jax-cuda12-pjrt', 'nvidia-cuda-nvcc-cu12'), ('jax-cuda13-pjrt', 'nvidia-cuda-nvcc'))
 
 
 class Instruction(NamedTuple):
@@ -181,10 +182,15 @@ def analyse(text: str, batch: int) -> dict[str, str]:
     }
 
 
+def _is_installed(wheel: str) -> bool:
+    return bool(list(metadata.distributions(name=wheel)))
+
+
 def prepare() -> None:
     """Makes JAX ready to compile without a device; ends the program where it cannot."""
-    if not any(list(metadata.distributions(name=name)) for name in COMPILERS):
-        sys.exit(f'installed is none of {", ".join(COMPILERS)}; see the top of speed/gpu_hlo.py')
+    if not any(all(map(_is_installed, wheels)) for wheels in COMPILERS):
+        ways = ', nor '.join(' with '.join(wheels) for wheels in COMPILERS)
+        sys.exit(f'not installed: {ways}; see the top of speed/gpu_hlo.py')
     jax.config.update('jax_platforms', 'cpu')
     # Candidates cannot be tried, and products by Triton must be.
     untried = ('--xla_gpu_autotune_level=0', '--xla_gpu_enable_triton_gemm=false')
