@@ -81,21 +81,30 @@ def model_for(config, plan, task) -> train_lib.Model:
     return train_lib.Model(task, optimizer, schedule, plan.micro_batches)
 
 
+@functools.cache
+def _compiled(config, task_type, num_train, num_eval, num_classes, devices):
+    """Plan, mesh, model and compiled training step: trainings of one kind share them."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
+    plan = plan_for(config, num_train=num_train, num_eval=num_eval, num_devices=devices)
+    model = model_for(config, plan, task_type(config, num_classes))
+    step = compilation.trace_train(model, plan.micro_batch_size, mesh).lower().compile()
+    return plan, mesh, model, step
+
+
 def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches=None) -> Trained:
     """Trains `steps` optimizer steps on `devices` devices of this process.
 
     Without `batches` (a function from the whole micro-batch's range of positions to a batch), on
     the configuration's data.
     """
-    mesh = Mesh(np.array(jax.devices()[:devices]), (train_lib.AXIS,))
     num_train, num_eval, num_classes = 4096, 10, 10
     if batches is None:
         dataset = find_dataset(config.dataset, config.data_dir)
         num_train, num_eval = dataset.num_train, dataset.num_eval
         num_classes = dataset.num_classes
-    plan = plan_for(config, num_train=num_train, num_eval=num_eval, num_devices=devices)
-    model = model_for(config, plan, task_type(config, num_classes))
-    programs = compilation.compile_steps(model, plan.micro_batch_size, mesh)
+    plan, mesh, model, step = _compiled(
+        config, task_type, num_train, num_eval, num_classes, devices
+    )
     state = compilation.initial_state(config.seed, model, mesh)
     micro_steps = steps * plan.accumulation_steps
     if batches is None:
@@ -106,7 +115,7 @@ def train(config, *, devices=1, steps=10, task_type=ImageClassification, batches
         source = (batches(i * size, (i + 1) * size) for i in range(micro_steps))
     seen, metrics = [], []
     for batch in source:
-        state, values = programs.train(state, compilation.split(mesh, batch))
+        state, values = step(state, compilation.split(mesh, batch))
         seen.append(batch)
         metrics.append(jax.device_get(values))
     return Trained(jax.device_get(state), metrics, seen, plan)

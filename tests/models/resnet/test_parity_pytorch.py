@@ -348,10 +348,19 @@ def train_theirs(config, first: dict, micro_batches) -> tuple[list[float], dict]
     return losses, {name: w.detach().numpy() for name, w in parameters}
 
 
-@pytest.mark.parametrize('optimizer', ['lars', 'sgd'])
 @pytest.mark.parametrize(
-    ('model', 'enlarged'),
-    [('resnet_digits', 1), pytest.param('resnet8_cifar', 2, marks=pytest.mark.slow)],
+    ('model', 'enlarged', 'optimizer'),
+    [
+        ('resnet_digits', 1, 'lars'),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ('resnet_digits', 1, 'sgd'),
+                ('resnet8_cifar', 2, 'lars'),
+                ('resnet8_cifar', 2, 'sgd'),
+            )
+        ),
+    ],
 )
 def test_trajectories_equal_pytorchs(digits_dir, model, enlarged, optimizer):
     """20 steps on real digits, accumulated over two micro-steps: losses and final weights."""
@@ -375,12 +384,18 @@ def test_trajectories_equal_pytorchs(digits_dir, model, enlarged, optimizer):
 
 @pytest.mark.parametrize(
     ('model', 'steps', 'learnt'),
-    [('resnet_digits', 150, 0.8), pytest.param('resnet50', 0, 0.0, marks=pytest.mark.slow)],
+    [
+        ('resnet_digits', 0, 0.0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (('resnet_digits', 150, 0.8), ('resnet50', 0, 0.0))
+        ),
+    ],
 )
 def test_exported_checkpoints_classify_alike(digits_dir, tmp_path, model, steps, learnt):
-    """Trained here, loaded there with strict=True: the same class for every evaluation image.
+    """Loaded there with strict=True: the same class for every evaluation image.
 
-    ResNet-50 has random weights and statistics.
+    After 0 steps with random weights and statistics.
     """
     config = harness.resolve('digits', digits_dir, model=model, seed=0)
     if steps:
@@ -406,7 +421,7 @@ def test_exported_checkpoints_classify_alike(digits_dir, tmp_path, model, steps,
         labels.append(batch['label'])
     mine, yours = np.concatenate(ours_said), np.concatenate(theirs_said)
     assert len(mine) == dataset.num_eval
-    assert (mine.argmax(-1) == np.concatenate(labels)).mean() > learnt
+    assert (mine.argmax(-1) == np.concatenate(labels)).mean() >= learnt
     same = (mine.argmax(-1) == yours.argmax(-1)).mean()
     print(f'{same:8.0%} = 100%   {model} after {steps} steps: {len(mine)} evaluation images alike')
     assert same == 1
