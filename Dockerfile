@@ -2,13 +2,13 @@
 #
 # The benchmark in a container.
 #
-#   docker build -t resnet-jax .                          for NVIDIA GPUs, V100 and later
-#   docker build -t resnet-jax-cpu --build-arg LOCK=cpu . for a machine without one
-#   docker build -t resnet-jax-cuda13 --build-arg LOCK=cuda13 --build-arg BASE=BASE13 .
+#   docker build -t training-jax .                          for NVIDIA GPUs, V100 and later
+#   docker build -t training-jax-cpu --build-arg LOCK=cpu . for a machine without one
+#   docker build -t training-jax-cuda13 --build-arg LOCK=cuda13 --build-arg BASE=BASE13 .
 #       for NVIDIA GPUs, Ampere and later, with a newer JAX and CUDA 13; BASE13 is
 #       python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -v DATA:/benchmark/data -v RUNS:/benchmark/runs \
-#       resnet-jax scripts/run_and_time.sh [CONFIG] [FLAG...]
+#       training-jax scripts/run_and_time.sh [CONFIG] [FLAG...]
 #
 # DATA and RUNS are volumes, or absolute paths of folders that user 1000 may write to
 # (chown 1000 DATA RUNS). --ipc=host and --ulimit memlock=-1 are for NCCL: shared and pinned memory, needed

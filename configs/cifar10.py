@@ -13,7 +13,7 @@ from configs import common
 
 
 def get_config(optimizer: str = 'lars') -> ConfigDict:
-    """The configuration; hyperparameters.TABLE says what each field means.
+    """The configuration; python main.py --help says what each field means.
 
     Args:
       optimizer: lars or sgd, each with its own learning rate.

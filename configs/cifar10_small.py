@@ -14,7 +14,7 @@ from configs import cifar10
 
 
 def get_config() -> ConfigDict:
-    """The configuration; hyperparameters.TABLE says what each field means."""
+    """The configuration; python main.py --help says what each field means."""
     config = cifar10.get_config()
 
     config.model = 'resnet8_cifar'

@@ -13,7 +13,7 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    """The configuration; hyperparameters.TABLE says what each field means."""
+    """The configuration; python main.py --help says what each field means."""
     config = common.resnet()
 
     config.model = 'resnet_digits'

@@ -4,7 +4,7 @@
 `Config` declares the fields that all workloads have; a workload extends it with its own, and may
 declare one again with a narrower rule. A mapping from names to values goes in; out comes either
 every error that it has, at once, or a frozen `Config` that is known to be good. Validation, flags,
-log lines and the README's table all read the same declarations.
+log lines and the documents' tables all read the same declarations.
 """
 
 import dataclasses

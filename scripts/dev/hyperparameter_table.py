@@ -3,8 +3,8 @@
 
     hyperparameter_table.py [--check] [FILE…]
 
-Without FILEs, README.md and docs/llama31_8b.md. With --check nothing is written: exit status 1 if
-one differs.
+Without FILEs, docs/resnet50.md and docs/llama31_8b.md. With --check nothing is written: exit status
+1 if one differs.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from workloads.by_name import BENCHMARKS
 
 BEGIN, END = '<!-- hyperparameters of {} -->', '<!-- /hyperparameters -->'
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / 'README.md', ROOT / 'docs' / 'llama31_8b.md']
+DOCUMENTS = [ROOT / 'docs' / name for name in ('resnet50.md', 'llama31_8b.md')]
 
 
 def _row(entry: Field) -> str:

@@ -23,7 +23,7 @@ case "${1:-}" in
     *) die "unknown argument $1; $0 --help lists the known ones" ;;
 esac
 read -r -a build_options <<< "${BUILD_OPTIONS:-}"
-image=localhost/resnet-jax-test
+image=localhost/training-jax-test
 cd "$ROOT"
 
 # Each builder has build (of the image) and in_image COMMAND... (in a container, as the image's user).

@@ -88,7 +88,7 @@ def test_fields_that_a_text_names_fit_a_configuration(document):
         'experiments/study_cifar10.sh --tiny',
         'python experiments/kills.py [--kills=20] [--config=DIR]',
         'scripts/download_dataset.sh imagenet --from PATH',
-        'docker run resnet-jax scripts/run_and_time.sh --config.dtype=float8',
+        'docker run training-jax scripts/run_and_time.sh --config.dtype=float8',
         'sbatch --nodes=N scripts/slurm.sub configs/imagenet.py WORKDIR --config.momentum=2',
         'python scripts/nothing.py',
         'scripts/run_seeds.py --config=configs/digits.py --runs=N',
