@@ -179,10 +179,10 @@ def learning_rate(run: FinishedRun) -> Figure:
 
 
 def throughput(runs: Sequence[FinishedRun]) -> Figure:
-    """Examples per second of training, without evaluations and pauses."""
+    """What was trained on per second, without evaluations and pauses."""
     course = runs[0].plan.course
-    figure, axes = _figure(course.unit, f'{course.examples}/s', height=2.4)
-    _all_and_median(axes, [curve(run, 'examples_per_second') for run in runs])
+    figure, axes = _figure(course.unit, course.throughput_unit, height=2.4)
+    _all_and_median(axes, [curve(run, 'throughput') for run in runs])
     axes.set_ylim(bottom=0)
     axes.legend(loc='lower right')
     return figure

@@ -32,7 +32,7 @@ _ENVIRONMENT = {
     'dataset.num_eval': int,
 }  # fmt: skip
 # What is read of a line of metrics.jsonl, besides its position and `elapsed_seconds`.
-_TRAINING = ('loss', 'learning_rate', 'examples_per_second', 'input_wait', 'seconds')
+_TRAINING = ('loss', 'learning_rate', 'throughput', 'input_wait', 'seconds')
 _EVALUATION = ('eval_seconds', 'checkpoint_seconds')
 
 
@@ -127,6 +127,16 @@ class FinishedRun:
         """Of the state at the last evaluation; '–' for a run of before there were fingerprints."""
         return self.metrics[-1].get('fingerprint', '–')
 
+    def average(self, name: str) -> float | None:
+        """Of a metric of training, such as 'throughput', over the time; None if there is none.
+
+        Raises:
+          RunError: when metrics.jsonl cannot be used.
+        """
+        lines = [line for line in self.metrics if {name, 'seconds'} <= line.keys()]
+        seconds = sum(line['seconds'] for line in lines)
+        return sum(line[name] * line['seconds'] for line in lines) / seconds if seconds else None
+
     @property
     def working_seconds(self) -> float:
         """Seconds of training, evaluation and checkpoints, without the pauses of interruptions.
@@ -160,6 +170,7 @@ def _metrics_of(line: str, unit: str, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RunError(f'{where} is damaged: it is no JSON object')
     names = (unit, *(_TRAINING if 'loss' in values else _EVALUATION), 'elapsed_seconds')
+    names += tuple({'mfu'} & values.keys())  # Where the devices' peak is known.
     wrong = [name for name in names if not _is_quantity(values.get(name))]
     if values.get('eval_loss') is not None and not _is_quantity(values['eval_loss']):
         wrong.append('eval_loss')  # None: it was not finite.

@@ -76,6 +76,15 @@ def machine(run: FinishedRun) -> str:
     return f'{text}; code version {environment["commit"]}.'
 
 
+def speed(run: FinishedRun) -> tuple[str, str]:
+    """Throughput and MFU of a run's training; '–' where there is none."""
+    throughput, mfu = run.average('throughput'), run.average('mfu')
+    return (
+        '–' if throughput is None else f'{throughput:,.0f}',
+        '–' if mfu is None else f'{mfu:.1%}',
+    )
+
+
 def make(
     runs: Sequence[FinishedRun],
     problems: Sequence[RunError],
@@ -114,11 +123,12 @@ def make(
         first=first.directory.name,
         environment=_rows(flat(first.environment)),
         units=first.units,
+        throughput=first.plan.course.throughput_unit,
         metric=first.plan.target.words,
         runs=_rows(
             (run.directory.name, run.config.seed, 'reached' if run.reached else 'MISSED',
              run.count, f'{run.results[-1][1]:.5f}', f'{run.seconds:.1f}',
-             f'{run.working_seconds:.1f}', run.fingerprint)
+             f'{run.working_seconds:.1f}', *speed(run), run.fingerprint)
             for run in runs
         ),
     )  # fmt: skip

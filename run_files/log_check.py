@@ -96,6 +96,7 @@ def _script(
         log.block_start(evaluation)
         due_at(before + 1)
         log.block_stop(evaluation)
+        log.tracked_stats(evaluation, {})
         due_at(evaluation.step)
         log.eval_start(evaluation)
         log.eval_stop(evaluation, quality)

@@ -11,6 +11,26 @@ from typing import Any
 
 # Instruction sets that XLA and NumPy choose their code by: sums may differ in the last bit.
 _INSTRUCTION_SETS = ('sse4_2', 'avx', 'avx2', 'fma', 'avx_vnni', 'avx512', 'amx', 'asimd', 'sve')
+# TFLOP/s that GPUs are made for, by JAX's names of them: NVIDIA's data sheets, without sparsity.
+# float32 is not TF32, which no run uses; a part of a GPU has another name.
+_V100 = {'float32': 15.7, 'float16': 125.0}
+_A100 = {'float32': 19.5, 'float16': 312.0, 'bfloat16': 312.0}
+_H100_PCIE = {'float32': 51.0, 'float16': 756.0, 'bfloat16': 756.0}
+_H100 = {'float32': 67.0, 'float16': 989.0, 'bfloat16': 989.0}  # The H200 has more memory alone.
+_NVL = {'float32': 60.0, 'float16': 835.0, 'bfloat16': 835.0}
+_PEAKS = {
+    'Tesla V100-SXM2-16GB': _V100,
+    'Tesla V100-SXM2-32GB': _V100,
+    'NVIDIA A100-SXM4-40GB': _A100,
+    'NVIDIA A100-SXM4-80GB': _A100,
+    'NVIDIA A100-PCIE-40GB': _A100,
+    'NVIDIA A100 80GB PCIe': _A100,
+    'NVIDIA H100 PCIe': _H100_PCIE,
+    'NVIDIA H100 NVL': _NVL,
+    'NVIDIA H100 80GB HBM3': _H100,
+    'NVIDIA H200': _H100,
+    'NVIDIA H200 NVL': _NVL,
+}
 _GPU_QUERY = 'name,memory.total,clocks.max.sm,pcie.link.gen.max,driver_version'
 # Settings that decide how much of the machine is used, and how. No paths and no host names.
 _VARIABLES = (
@@ -86,6 +106,17 @@ def gpus() -> list[dict[str, str]]:
         dict(zip(names, (value.strip() for value in line.split(',')), strict=True))
         for line in lines.strip().splitlines()
     ]
+
+
+def peak(device_kind: str, dtype: str) -> float | None:
+    """Operations a second that a device is made for, by its data sheet; None if it has no entry.
+
+    Args:
+      device_kind: as `jax.Device.device_kind` names it.
+      dtype: of what is multiplied, such as 'bfloat16'.
+    """
+    of_kind = _PEAKS.get(device_kind, {})
+    return of_kind[dtype] * 1e12 if dtype in of_kind else None
 
 
 def describe(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:

@@ -27,8 +27,10 @@ from settings.plan import Evaluation, Plan
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PLACE = ('file', 'lineno')  # Metadata that does not tell events apart.
+# As submitters log their speed; mlperf-logging has no name for it.
+TRACKED_STATS = 'tracked_stats'
 # Values that may differ between the starts of one run: it may resume on other devices.
-_OF_A_START = (constants.CACHE_CLEAR, constants.GRADIENT_ACCUMULATION_STEPS)
+_OF_A_START = (constants.CACHE_CLEAR, constants.GRADIENT_ACCUMULATION_STEPS, TRACKED_STATS)
 REMEDY = 'put the whole log of this run back, or start in a new work directory (--workdir)'
 
 
@@ -215,6 +217,10 @@ class EventLog:
     def block_stop(self, evaluation: Evaluation) -> None:
         """Training up to an evaluation has ended."""
         self.stop(constants.BLOCK_STOP, **evaluation.block_stop)
+
+    def tracked_stats(self, evaluation: Evaluation, stats: Mapping[str, float | str]) -> None:
+        """How fast the training up to an evaluation was."""
+        self.event(TRACKED_STATS, dict(stats), step=evaluation.step, **evaluation.result)
 
     def eval_start(self, evaluation: Evaluation) -> None:
         """An evaluation begins."""

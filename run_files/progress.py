@@ -168,10 +168,12 @@ class Progress:
             (0, f'{self._plan.course.unit} {self._plan.position(step):6.{self._digits}f}'),
             (1, f'step {step}/{self._plan.total_steps}'),
             (2, f'loss {values["loss"]:.4f}'),
-            (5, f'rate {values["learning_rate"]:.4g}'),
-            (4, self._plan.course.speed(values['examples_per_second'])),
+            (6, f'rate {values["learning_rate"]:.4g}'),
+            (4, f'{values["throughput"]:,.0f} {self._plan.course.throughput_unit}'),
             (3, f'at most {_duration(pace * (self._plan.total_steps - step))} left'),
         ]
+        if 'mfu' in values:
+            fields.append((5, f'MFU {values["mfu"]:.1%}'))
         if self._terminal:
             text = fitted(fields, shutil.get_terminal_size().columns)
             print(f'\r\x1b[K{text}', end='', flush=True)

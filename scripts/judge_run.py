@@ -39,8 +39,8 @@ def times(run: FinishedRun) -> str:
     if starts > 1:
         text += f'; interrupted {"once" if starts == 2 else f"{starts - 1} times"}'
     course = run.plan.course
-    rate = run.count * course.examples_per_unit / max(working, 1e-3)
-    return f'{text}\nspeed      {rate:,.0f} {course.examples}/s in that time'
+    rate = course.throughput(run.count * course.examples_per_unit / max(working, 1e-3))
+    return f'{text}\nspeed      {rate:,.0f} {course.throughput_unit} in that time'
 
 
 def main(arguments: list[str]) -> int:

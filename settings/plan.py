@@ -106,6 +106,8 @@ class Course:
       examples: what the examples are called.
       ruleset: by which the run is judged.
       parts: what an example consists of and of how many, if speed is told in these.
+      operations: that an example needs, forward and backward, in floating point; None where nobody
+        has counted them.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -115,11 +117,16 @@ class Course:
     examples: str
     ruleset: Ruleset
     parts: tuple[str, int] | None = None
+    operations: float | None = None
 
-    def speed(self, examples_per_second: float) -> str:
-        """A speed in words."""
-        name, count = self.parts or (self.examples, 1)
-        return f'{examples_per_second * count:,.0f} {name}/s'
+    @property
+    def throughput_unit(self) -> str:
+        """What throughput is told in, such as 'tokens/s'."""
+        return f'{self.parts[0] if self.parts else self.examples}/s'
+
+    def throughput(self, examples_per_second: float) -> float:
+        """A speed in `throughput_unit`."""
+        return examples_per_second * (self.parts[1] if self.parts else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +178,24 @@ class Plan:
     def total_steps(self) -> int:
         """Optimizer steps of a run that does not meet its target."""
         return self.evaluations[-1].step
+
+    def speed(self, steps_per_second: float, peak: float | None) -> dict[str, float]:
+        """How fast a run trains.
+
+        Args:
+          steps_per_second: optimizer steps.
+          peak: operations a second that a device is made for; None where that is not known.
+
+        Returns:
+          'throughput', in the course's `throughput_unit`, and where it is known 'mfu', the part of
+          the devices' peak that the operations of the examples are (Chowdhery et al. 2022,
+          arXiv:2204.02311, appendix B).
+        """
+        examples = steps_per_second * self.global_batch_size
+        speed = {'throughput': self.course.throughput(examples)}
+        if peak and self.course.operations:
+            speed['mfu'] = examples * self.course.operations / (self.num_devices * peak)
+        return speed
 
     def position(self, step: int) -> float:
         """Training data seen after so many optimizer steps, in the course's unit."""

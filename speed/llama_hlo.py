@@ -10,7 +10,7 @@ the state, and of what is beside it between kernels; for an optimizer step, what
 moved in memory and received from other GPUs, and the time that this takes at the rates of data
 sheets, one after the other. The real time is longer for what runs below these rates, and shorter
 for what overlaps. Attention, causal, counts as half its square: two products forward, five
-backward. MFU is of the operations that speed/llama_step.py counts. This measures no time.
+backward. MFU is of the operations that `Architecture` counts. This measures no time.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import jax
 import train_lib
 from models.llama.architectures import ARCHITECTURES
 from settings import loading
-from speed import gpu_hlo, llama_step
+from speed import gpu_hlo
 from speed.gpu_hlo import Instruction
 from training import compilation
 from training.workload import model_of, plan_of
@@ -156,7 +156,7 @@ def row(spec: str, devices: int, sequences: int, flags: argparse.Namespace) -> l
         steps * work.moved / rates.memory,
         steps * work.received / rates.links,
     )
-    useful = flags.batch * flags.length * llama_step.operations(architecture, flags.length)
+    useful = flags.batch * flags.length * architecture.operations(flags.length)
     used = useful / devices / rates.operations / sum(seconds)
     state = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -6,8 +6,7 @@
 
 Contestants live in processes of their own and take turns. `like` is PyTorch with our micro-batch
 and with recomputation; `best` keeps all activations and takes the batch at once. Operations are
-counted as 6 for every weight of a matrix and token, and 12 · layers · width · length for the full
-square of attention; what is recomputed does not count.
+those of `Architecture.operations`.
 """
 
 import argparse
@@ -15,17 +14,10 @@ import json
 import statistics
 from typing import Any
 
-from models.llama.architectures import ARCHITECTURES, Architecture
+from models.llama.architectures import ARCHITECTURES
 from speed.contestants import Contestant, machine
 
 ENVIRONMENT = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}  # Contestants share the device.
-
-
-def operations(a: Architecture, length: int) -> int:
-    """Of a token, forward and backward."""
-    of_heads = a.head_size * (2 * a.heads + 2 * a.key_value_heads)
-    matrices = a.layers * a.width * (of_heads + 3 * a.feed_forward) + a.width * a.vocabulary
-    return 6 * matrices + 12 * a.layers * a.heads * a.head_size * length
 
 
 def measure(case: dict[str, Any]) -> dict[str, list[float]]:
@@ -84,7 +76,7 @@ def main() -> None:
     for name, of_rounds in rates.items():
         middle = statistics.median(of_rounds)
         ratio = statistics.median(a / b for a, b in zip(rates['ours'], of_rounds, strict=True))
-        work = operations(ARCHITECTURES[flags.model], flags.length) * middle / 1e12
+        work = ARCHITECTURES[flags.model].operations(flags.length) * middle / 1e12
         used = f'{work / flags.peak_tflops:.1%}' if flags.peak_tflops else '–'
         spread = f'{min(of_rounds):,.0f} … {max(of_rounds):,.0f}'
         print(f'| {name} | {middle:,.0f} | {spread} | {ratio:.2f}× | {used} |')

@@ -73,6 +73,7 @@ def _write_log(log: EventLog, config: Config, qualities: Sequence[float]) -> Non
     for evaluation, quality in zip(plan.evaluations, qualities, strict=False):
         log.block_start(evaluation)
         log.block_stop(evaluation)
+        log.tracked_stats(evaluation, {'throughput': 100.0})
         log.eval_start(evaluation)
         log.eval_stop(evaluation, quality)
         reached = plan.target.is_met(quality)
@@ -88,7 +89,7 @@ def _metrics(config: Config, qualities: Sequence[float]) -> Iterator[dict[str, A
         position = round(plan.position(evaluation.step), 4)
         at = {'step': evaluation.step, plan.course.unit: position}
         yield at | {
-            'loss': 2 - quality, 'learning_rate': 1.0, 'examples_per_second': 100.0,
+            'loss': 2 - quality, 'learning_rate': 1.0, 'throughput': 100.0,
             'input_wait': 0.25, 'seconds': 1.0, 'elapsed_seconds': 1.75 * number + 1,
         }  # fmt: skip
         yield at | {

@@ -15,6 +15,7 @@ import jax
 
 import train_lib
 from input_pipeline import Pipeline
+from run_files import machine
 from run_files.mlperf_log import EventLog
 from run_files.profiling import Trace
 from run_files.progress import Progress
@@ -66,6 +67,7 @@ class Run:
         self._pending: collections.deque = collections.deque()
         self._laps: list[Mapping[str, float]] = []
         self._clock = Clock()
+        self._peak = machine.peak(jax.devices()[0].device_kind, parts.config.dtype)
         self._stopped = False
         self._fingerprint = ''  # Of the state that was saved last.
 
@@ -123,7 +125,7 @@ class Run:
             'largest_gradient': max(lap['largest_gradient'] for lap in laps),
             'learning_rate': laps[-1]['learning_rate'],
             'loss_scale': laps[-1]['loss_scale'],
-            'examples_per_second': len(laps) * parts.plan.global_batch_size / seconds,
+            **parts.plan.speed(len(laps) / seconds, self._peak),
             'input_wait': min(waiting / seconds, 1.0),
             'seconds': seconds,
         }
@@ -173,17 +175,26 @@ class Run:
         self.parts.progress.evaluation(at, result | times, self._fingerprint)
         return processes.broadcast(target.is_met(result[target.metric]))
 
+    def _log_speed(self, at: Evaluation, steps: int, seconds: float) -> None:
+        plan = self.parts.plan
+        speed = plan.speed(steps / seconds, self._peak)
+        unit = plan.course.throughput_unit
+        self.parts.log.tracked_stats(at, {**speed, 'throughput_unit': unit})
+
     def _blocks(self) -> Outcome:
         log = self.parts.log
         for at in self.parts.plan.evaluations:
             if at.step < self.step:
                 continue
             log.block_start(at)
+            first, before = self.step, time.monotonic()
             self.train_block(at.step)
             if self.step < at.step:
                 self.save()
                 return Outcome.INTERRUPTED
             log.block_stop(at)
+            if first < at.step:  # Else a start before this one has logged it.
+                self._log_speed(at, at.step - first, time.monotonic() - before)
             with self._clock.paused():
                 reached = self._judge(at)
             if reached is None:

@@ -29,6 +29,21 @@ class Architecture(NamedTuple):
     rotary_base: float = 500_000.0
     original_length: int = 8192
 
+    def operations(self, length: int) -> int:
+        """That a token needs, forward and backward, in floating point.
+
+        6 for every weight of a matrix, and 12 · layers · heads · head_size · length for the full
+        square of attention, as PaLM counts them (Chowdhery et al. 2022, arXiv:2204.02311, appendix
+        B); what is recomputed does not count.
+
+        Args:
+          length: of a sequence.
+        """
+        of_heads = self.head_size * 2 * (self.heads + self.key_value_heads)
+        matrices = self.layers * self.width * (of_heads + 3 * self.feed_forward)
+        attention = 12 * self.layers * self.heads * self.head_size * length
+        return 6 * (matrices + self.width * self.vocabulary) + attention
+
 
 ARCHITECTURES = {
     'llama31_8b': Architecture(

@@ -71,7 +71,7 @@ def test_result_names_data_set_and_seed_whoever_asks(run, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     config = finished_run.read_run(run).config
     assert last.startswith(f'RESULT,digits,{config.seed},')
-    assert re.fullmatch(r'RESULT,digits,\d+,51,[^,]+,2023-11-14 22:13:\d\d', last)
+    assert re.fullmatch(r'RESULT,digits,\d+,61,[^,]+,2023-11-14 22:13:\d\d', last)
     script = Path(judge_run.__file__).with_name('run_and_time.sh').read_text()
     assert 'scripts/judge_run.py" "$workdir"\n' in script  # And nothing that could change the line.
 
@@ -91,10 +91,10 @@ def test_pauses_are_told_from_work(run, capsys):
     assert judge_run.main([str(run)]) == 0
     said = capsys.readouterr().out
     # Ten epochs, each with 1 s of training, 0.5 s of evaluation and 0.25 s of checkpoints.
-    assert '3651.0 s from run_start to run_stop, of which 17.5 s of training' in said
+    assert '3661.0 s from run_start to run_stop, of which 17.5 s of training' in said
     assert 'interrupted 2 times' in said
     assert f'{10 * 1437 / 17.5:,.0f} images/s in that time' in said
-    assert re.search(r'RESULT,digits,\d+,3651,', said)
+    assert re.search(r'RESULT,digits,\d+,3661,', said)
 
 
 def test_starts_are_counted(tmp_path):
@@ -316,8 +316,11 @@ def test_no_value_of_a_wrong_type_makes_a_traceback(run, capsys, name):
     capsys.readouterr()
 
 
+OF_A_START = ('gradient_accumulation_steps', 'cache_clear', 'tracked_stats')
+
+
 def test_events_of_a_wrong_type_are_rejected(run):
-    """But for two values that may differ between the starts of one run."""
+    """But for three values that may differ between the starts of one run."""
     log = run / 'mlperf.log'
     lines = log.read_text().splitlines(keepends=True)
     seen = set()
@@ -331,7 +334,7 @@ def test_events_of_a_wrong_type_are_rejected(run):
                 continue
             for wrong in (None, True, -1, 2**70, [], {}):
                 value = json.loads(json.dumps(event))
-                place = value['metadata'] if len(path) == 2 else value
+                place = value[path[0]] if len(path) == 2 else value
                 if place[path[-1]] == wrong or (path == ('metadata',) and wrong == {}):
                     continue
                 place[path[-1]] = wrong
@@ -339,8 +342,8 @@ def test_events_of_a_wrong_type_are_rejected(run):
                 log.write_text(''.join([*lines[:number], changed, *lines[number + 1 :]]))
                 with contextlib.suppress(finished_run.RunError):
                     finished_run.read_run(run)
-                    of_a_start = event['key'] in ('gradient_accumulation_steps', 'cache_clear')
-                    assert of_a_start, (event['key'], path, wrong)
+                    assert path[0] == 'value'
+                    assert event['key'] in OF_A_START, (path, wrong)
 
 
 def test_scripts_run_by_themselves(run, tmp_path):

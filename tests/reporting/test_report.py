@@ -176,7 +176,7 @@ def test_time_split_adds_up_to_the_run(page):
     assert split['evaluation'] == pytest.approx(0.5 * epochs)
     assert split['checkpoint'] == pytest.approx(0.25 * epochs)
     assert split['pauses, start and end'] == pytest.approx(run.seconds - 1.75 * epochs)
-    assert [rate for _, rate in charts.curve(run, 'examples_per_second')] == [100.0] * epochs
+    assert [rate for _, rate in charts.curve(run, 'throughput')] == [100.0] * epochs
 
 
 @pytest.mark.parametrize(

@@ -243,8 +243,8 @@ def test_log_must_hold_what_a_run_up_to_its_checkpoint_has_written(tmp_path, int
     steps = [0, 1, first - 1, first, first + 1, second, second + 1, third - 1, third]
     keys = [event['key'] for event in mlperf_log.read(tmp_path / 'log')]
     started = keys.index('run_start') + 1
-    needed = [0, *[started + 1] * 2, started + 2, started + 6, started + 7, *[len(keys)] * 2,
-              len(keys) + 1]  # fmt: skip
+    needed = [0, *[started + 1] * 2, started + 3, started + 7, started + 9, *[len(keys)] * 2,
+              len(keys) + 2]  # fmt: skip
     for count in range(len(lines) + 1):
         for half in ('', lines[min(count, len(lines) - 1)][:30]):
             (tmp_path / 'cut').write_text(''.join(lines[:count]) + half)

@@ -32,7 +32,7 @@ def plan(num_train, num_eval, batch, last: Evaluation):
 DIGITS = plan(1437, 360, 128, Evaluation(225, 20, {}, {}, {}))
 IMAGENET = plan(1281167, 50000, 4096, Evaluation(28151, 90, {}, {}, {}))
 FIRST = Evaluation(1, 1, {}, {}, {})
-TRAINING = {'loss': 6.90776, 'learning_rate': 10.0, 'examples_per_second': 123456.0, 'seconds': 3.0}
+TRAINING = {'loss': 6.90776, 'learning_rate': 10.0, 'throughput': 123456.0, 'seconds': 3.0}
 MARK = '0123456789abcdef'
 EVALUATION = {'eval_top1': 0.75912, 'eval_loss': 1.5, 'eval_seconds': 2.0}
 
@@ -84,6 +84,15 @@ def test_without_a_terminal_every_line_is_complete(tmp_path, capsys):
     for text in ('step 28000/28151', 'loss 6.9078', 'rate 10', '123,456 images/s', 'left\n'):
         assert text in line
     assert '\x1b' not in line
+
+
+def test_the_part_of_the_peak_is_shown_where_it_is_known(tmp_path, capsys, terminal):
+    shown = progress.Progress(tmp_path, IMAGENET, 0)
+    shown.training(1, TRAINING | {'mfu': 0.4126})
+    assert 'MFU 41.3%' in capsys.readouterr().out
+    assert lines_of(tmp_path)[-1]['mfu'] == 0.4126
+    shown.training(2, TRAINING)
+    assert 'MFU' not in capsys.readouterr().out
 
 
 def test_what_follows_the_progress_line_has_a_line_of_its_own(tmp_path, capsys, terminal):

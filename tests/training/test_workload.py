@@ -63,6 +63,11 @@ def test_its_log_and_metrics_are_read_and_charted(finished, monkeypatch):
     assert all(quality > 0.05 for quality in qualities[:-1])
     assert qualities[-1] <= 0.05
     assert 'squared error' in charts.draw([ended], [])['quality'].svg
+    stats = [event for event in ended.events if event['key'] == 'tracked_stats']
+    assert [event['metadata']['samples_count'] for event in stats] == list(counts)
+    assert {event['value']['throughput_unit'] for event in stats} == {'points/s'}
+    slowest, fastest = (f(e['value']['throughput'] for e in stats) for f in (min, max))
+    assert 0 < slowest <= ended.average('throughput') <= fastest
 
 
 def test_it_is_evaluated_alone(folder, finished):

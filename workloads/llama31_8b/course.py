@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """When a run is evaluated, and what ends it."""
 
+from models.llama.architectures import ARCHITECTURES
 from settings.errors import ConfigError
 from settings.plan import Course, Evaluation, Ruleset, Target
 from workloads.llama31_8b.fields import LlamaConfig
@@ -44,7 +45,7 @@ def create(config: LlamaConfig) -> Course:
     Raises:
       ConfigError: the run would end before its first evaluation.
     """
-    batch = config.global_batch_size
+    batch, length = config.global_batch_size, config.sequence_length
     every = -(-config.eval_every_samples // batch)
     if every > config.max_steps:
         raise ConfigError(
@@ -64,5 +65,6 @@ def create(config: LlamaConfig) -> Course:
         examples_per_unit=1,
         examples='sequences',
         ruleset=ruleset(config),
-        parts=('tokens', config.sequence_length),
+        parts=('tokens', length),
+        operations=length * ARCHITECTURES[config.model].operations(length),
     )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network is Hugging Face's LlamaForCausalLM."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,24 @@ def test_the_benchmarks_parameters_are_counted():
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), a))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 8_030_261_248
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {np.dtype('float32')}
+
+
+def test_operations_of_a_token_are_those_of_its_products(small):
+    """Of the network as it is traced, forward; twice as many backward."""
+    params, tokens = small
+    length = tokens.shape[1] - 1
+    traced = jax.make_jaxpr(lambda p, x: Layer(SMALL, jnp.dtype('float32')).apply({'params': p}, x))
+    one = jax.tree.map(lambda x: x[0], params['layers'])
+    program = traced(one, jnp.zeros((1, length, SMALL.width)))
+    products = [e for e in equations(program.jaxpr) if e.primitive.name == 'dot_general']
+    of_layer = 0
+    for product in products:
+        (contracted, _), _ = product.params['dimension_numbers']
+        summed = [product.invars[0].aval.shape[i] for i in contracted]
+        of_layer += 2 * math.prod(summed) * product.outvars[0].aval.size
+    of_head = 2 * SMALL.width * SMALL.vocabulary
+    forward = SMALL.layers * of_layer / length + of_head
+    assert SMALL.operations(length) == 3 * forward
 
 
 def test_weights_start_as_the_rules_say():

@@ -4,6 +4,7 @@
 import pytest
 
 from settings.errors import ConfigError
+from settings.plan import make_plan
 from tests.workloads.llama31_8b.configurations import configure
 from workloads.llama31_8b import course
 
@@ -38,5 +39,13 @@ def test_a_run_without_an_evaluation_is_rejected():
         course.create(config)
 
 
-def test_speed_is_told_in_tokens():
-    assert course.create(configure()).speed(1.5) == '12,288 tokens/s'
+def test_speed_is_told_in_tokens_and_as_a_part_of_the_peak():
+    """MFU by the operations that the benchmark's network is known to need."""
+    config = configure()
+    plan = make_plan(config, course.create(config), num_train=10**6, num_eval=1024, num_devices=8)
+    speed = plan.speed(0.1, peak=989e12)
+    tokens = 0.1 * config.global_batch_size * 8192
+    assert speed['throughput'] == pytest.approx(tokens)
+    assert plan.course.throughput_unit == 'tokens/s'
+    assert speed['mfu'] == pytest.approx(tokens * 57.9e9 / (8 * 989e12), rel=1e-3)
+    assert plan.speed(0.1, peak=None).keys() == {'throughput'}
