@@ -2,6 +2,7 @@
 """What a run says of itself before it compiles: one screen of names and values."""
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def lines(
     plan: Plan,
     digest: str | None,
     variables: Any,
+    particulars: Mapping[str, str],
     workdir: Path,
     step: int,
     fingerprint: str,
@@ -42,6 +44,7 @@ def lines(
       config, plan: the run's, with its seed.
       digest: of the data set, where it is known.
       variables: {'params': …} of arrays or their shapes.
+      particulars: what else there is to say of the model, by name.
       workdir: the work directory.
       step: of the checkpoint that it resumes from; 0 if it is a new run.
       fingerprint: of that checkpoint; empty if it is a new run.
@@ -57,6 +60,7 @@ def lines(
         f'× {plan.micro_batch_size} × {plan.accumulation_steps} accumulation step(s)',
         'precision': config.dtype,
         'model': f'{config.model}, {parameters:,} parameters',
+        **particulars,
         'data set': f'{config.dataset}: {plan.num_train:,} {plan.course.examples} to train, '
         f'{plan.num_eval:,} to evaluate, digest {digest or "not known"}',
         'seed': str(config.seed),

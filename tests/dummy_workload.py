@@ -193,6 +193,10 @@ class Dummy:
         """The line."""
         return Line(config.dtype)
 
+    def particulars(self, config: DummyConfig) -> Mapping[str, str]:
+        """The form of the model."""
+        return {'form': 'a line'}
+
     def optimizer(self, config: DummyConfig, plan: Plan) -> Optimizer:
         """Plain descent."""
         schedule = optax.constant_schedule(config.learning_rate)

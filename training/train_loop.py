@@ -49,8 +49,8 @@ def set_up(
     shown = processes.run_on_lead(lambda: Progress(workdir, plan, step))
     progress = shown or Progress(None, plan, 0)
     saver = CheckpointSaver(workdir / 'checkpoints', progress.say, found.damaged)
-    mark = found.fingerprint
-    for line in banner.lines(config, plan, dataset.digest, template.variables, workdir, step, mark):
+    about = (dataset.digest, template.variables, workload.particulars(config))
+    for line in banner.lines(config, plan, *about, workdir, step, found.fingerprint):
         progress.say(line)
     before = time.monotonic()
     progress.say('compiling …')

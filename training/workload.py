@@ -92,6 +92,9 @@ class Workload(Protocol, Generic[C, D]):
     def task(self, config: C, dataset: D) -> Task:
         """The model with its loss and metrics."""
 
+    def particulars(self, config: C) -> Mapping[str, str]:
+        """What a run says of the model before it compiles, by name: what this machine decides."""
+
     def optimizer(self, config: C, plan: Plan) -> Optimizer:
         """What moves the model's variables."""
 

@@ -258,16 +258,17 @@ def test_banner_says_what_runs_in_80_columns(tmp_path, name):
     config = resolve('imagenet', 'x', dtype='bfloat16', division='open', seed=2**63 - 1)
     digest = f'{"d1" * 8}-{"ce" * 8}'
     weights = {'params': {'kernel': progress_array((7, 7, 3, 64)), 'bias': progress_array((64,))}}
-    lines = banner.lines(config, IMAGENET, digest, weights, tmp_path / name, 3130, MARK)
+    about = (digest, weights, {'kernels': 'of a kind ' * 9})
+    lines = banner.lines(config, IMAGENET, *about, tmp_path / name, 3130, MARK)
     assert max(map(len, lines)) <= 80
     text = '\n'.join(lines)
     for words in (
         '8 × cpu', '4096 images = 1 device(s) × 4096 × 1 accumulation step(s)', 'bfloat16',
         'resnet50, 9,472 parameters', 'imagenet2012: 1,281,167 images to train', 'd1d1',
-        str(2**63 - 1), 'resumed from step 3130 (epoch 10.01)', MARK,
+        'kernels     of a kind', str(2**63 - 1), 'resumed from step 3130 (epoch 10.01)', MARK,
     ):  # fmt: skip
         assert words in text
-    new = banner.lines(config, IMAGENET, digest, weights, tmp_path, 0, '')
+    new = banner.lines(config, IMAGENET, *about, tmp_path, 0, '')
     assert 'new run' in '\n'.join(new)
 
 

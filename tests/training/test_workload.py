@@ -50,6 +50,7 @@ def test_it_says_what_it_does_in_the_words_of_the_workload(finished):
     _, said = finished
     assert 'samples     32  step 2/64  loss' in said
     assert 'points/s' in said
+    assert '\nform        a line\n' in said
     assert 'squared error 0.0' in said
 
 

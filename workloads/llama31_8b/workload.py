@@ -62,6 +62,13 @@ class Llama:
             fused=can_fuse(jnp.dtype(config.dtype)),
         )
 
+    def particulars(self, config: LlamaConfig) -> Mapping[str, str]:
+        """Whose attention it is."""
+        if not can_fuse(jnp.dtype(config.dtype)):
+            return {'attention': "our own; cuDNN's takes half precision and a GPU, Ampere or later"}
+        backward = ', with its deterministic backward' if config.deterministic else ''
+        return {'attention': f"cuDNN's{backward}"}
+
     def optimizer(self, config: LlamaConfig, plan: Plan) -> Optimizer:
         """See the contract."""
         return optimizers.create(config)

@@ -79,6 +79,10 @@ class ResNet:
         """See the contract."""
         return ImageClassification(config, dataset.num_classes)
 
+    def particulars(self, config: ResNetConfig) -> Mapping[str, str]:
+        """See the contract; there are none."""
+        return {}
+
     def optimizer(self, config: ResNetConfig, plan: Plan) -> Optimizer:
         """See the contract."""
         return optimizers.create(config, plan)

@@ -2,6 +2,7 @@
 """Llama as a run meets it: its data, its pipeline, and a run of it with the official verdict."""
 
 import os
+import re
 import signal
 
 import numpy as np
@@ -17,7 +18,7 @@ from settings.hyperparameters import resolve
 from tests.end_to_end.program import Program, share_programs
 from tests.harness import is_same
 from tests.workloads.llama31_8b.configurations import configure
-from workloads.llama31_8b import course
+from workloads.llama31_8b import course, workload
 from workloads.llama31_8b.fields import LlamaConfig
 from workloads.llama31_8b.token_files import write
 from workloads.llama31_8b.workload import WORKLOAD
@@ -123,6 +124,29 @@ def test_the_checker_accepts_its_log(finished, version, capsys):
     passed, words = verdicts.accepted(run.workdir / 'mlperf.log', version)
     assert not passed
     assert 'eval_accuracy' in words
+
+
+def test_it_says_its_speed_in_tokens_and_whose_attention_it_uses(finished):
+    run = finished[RULESETS[0]]
+    assert re.search(r'  [0-9,]+ tokens/s  ', run.said())
+    assert '\nattention   our own' in run.said()
+    (stats, *_) = (e for e in run.events() if e['key'] == 'tracked_stats')
+    assert stats['value'].keys() == {'throughput', 'throughput_unit'}  # A CPU has no peak.
+    assert stats['value']['throughput_unit'] == 'tokens/s'
+
+
+@pytest.mark.parametrize(
+    ('deterministic', 'words'),
+    [(True, "cuDNN's, with its deterministic backward"), (False, "cuDNN's")],
+)
+def test_it_says_that_attention_is_fused(monkeypatch, data_dir, deterministic, words):
+    monkeypatch.setattr(workload, 'can_fuse', lambda dtype: dtype == 'bfloat16')
+    half, full = (
+        WORKLOAD.particulars(small(data_dir, dtype=dtype, deterministic=deterministic))
+        for dtype in ('bfloat16', 'float32')
+    )
+    assert half == {'attention': words}
+    assert full['attention'].startswith('our own')
 
 
 @pytest.mark.slow
