@@ -162,9 +162,10 @@ def to_target(runs: Sequence[FinishedRun], official: Sequence[int]) -> Figure:
         if values:
             counts = sorted(Counter(values).items())
             shares = [times / len(values) for _, times in counts]
-            label = f'{label} (n = {len(values)}, mean {statistics.mean(values):.2f})'
+            label = f'{label} (n = {len(values)}, mean {statistics.mean(values):,.2f})'
             axes.bar([x for x, _ in counts], shares, width=width, label=label, **style)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter('{x:,.0f}')
     axes.margins(y=0.25)
     axes.legend(loc='upper left')
     return figure

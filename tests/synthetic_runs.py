@@ -45,11 +45,11 @@ def plan_of(config: Config) -> Plan:
 
 
 def curve(config: Config, count: int) -> list[float]:
-    """Qualities that meet the target at the evaluation after `count` epochs, and not before."""
+    """Qualities that meet the target at the evaluation of this count, and not before."""
     plan = plan_of(config)
     counts = [e.count for e in plan.evaluations if e.count <= count]
     assert counts[-1] == count
-    return [plan.target.value * c / count for c in counts]
+    return [plan.target.value * (c / count if plan.target.at_least else count / c) for c in counts]
 
 
 def write_log(path: Path, config: Config, qualities: Sequence[float]) -> None:
@@ -89,11 +89,11 @@ def _metrics(config: Config, qualities: Sequence[float]) -> Iterator[dict[str, A
         position = round(plan.position(evaluation.step), 4)
         at = {'step': evaluation.step, plan.course.unit: position}
         yield at | {
-            'loss': 2 - quality, 'learning_rate': 1.0, 'throughput': 100.0,
+            'loss': abs(2 - quality), 'learning_rate': 1.0, 'throughput': 100.0,
             'input_wait': 0.25, 'seconds': 1.0, 'elapsed_seconds': 1.75 * number + 1,
         }  # fmt: skip
         yield at | {
-            plan.target.metric: quality, 'eval_loss': 1 - quality, 'eval_seconds': 0.5,
+            'eval_loss': abs(1 - quality), plan.target.metric: quality, 'eval_seconds': 0.5,
             'checkpoint_seconds': 0.25, 'elapsed_seconds': 1.75 * (number + 1),
         }  # fmt: skip
 
