@@ -25,6 +25,8 @@ from reporting.finished_run import FinishedRun, RunError
 from settings.errors import ConfigError
 from workloads import by_name
 
+_PACKAGE = Path(mlp_compliance.__file__).parents[1]
+
 
 def runs_per_result(benchmark: str) -> int:
     """How many runs make a result of a benchmark.
@@ -38,13 +40,27 @@ def runs_per_result(benchmark: str) -> int:
     return known[benchmark]
 
 
-def official(tool: str, *arguments: str | Path) -> tuple[bool, str]:
+def official(
+    tool: str, *arguments: str | Path, ruleset: str = '', changes: Mapping[str, str] | None = None
+) -> tuple[bool, str]:
     """Runs `python -m mlperf_logging.TOOL`; whether it exited 0, and what it printed.
 
-    It runs in an empty folder, for the tools leave files behind where they run.
+    It runs in a folder of its own, for the tools leave files behind where they run.
+
+    Args:
+      tool: such as 'package_checker'.
+      arguments: of the command.
+      ruleset, changes: texts of the rules of a version to be changed; see `Ruleset`.
+
+    Raises:
+      KeyError: a text that is to be changed is not in the rules.
     """
     command = [sys.executable, '-m', f'mlperf_logging.{tool}', *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
+        if changes:  # Python takes a package of the folder that it is started in.
+            copy = Path(folder) / _PACKAGE.name
+            shutil.copytree(_PACKAGE, copy, ignore=shutil.ignore_patterns('__pycache__'))
+            _change(copy / 'compliance_checker' / f'training_{ruleset}', changes)
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return done.returncode == 0, (done.stdout + done.stderr).strip()
 
@@ -84,17 +100,22 @@ def accepted(log: Path, ruleset: str, changes: Mapping[str, str] | None = None) 
 def _changed_rules(ruleset: str, changes: Mapping[str, str], folder: Path) -> Path:
     """Copies the rules, which name each other, with changes."""
     name = f'training_{ruleset}'
-    (folder / name).mkdir()
+    shutil.copytree(_PACKAGE / 'compliance_checker' / name, folder / name)
+    _change(folder / name, {f'{name}/': f'{folder}/{name}/', **changes})
+    return folder
+
+
+def _change(rules: Path, changes: Mapping[str, str]) -> None:
+    """Changes texts of the rules in a folder."""
     found = set()
-    for path in (Path(mlp_compliance.__file__).parent / name).glob('*.yaml'):
-        text = path.read_text().replace(f'{name}/', f'{folder}/{name}/')
+    for path in rules.glob('*.yaml'):
+        text = path.read_text()
         for old, new in changes.items():
             found |= {old} if old in text else set()
             text = text.replace(old, new)
-        (folder / name / path.name).write_text(text)
+        path.write_text(text)
     if missing := changes.keys() - found:
-        raise KeyError(f'the rules of {ruleset} have no {missing}')
-    return folder
+        raise KeyError(f'the rules in {rules.name} have no {missing}')
 
 
 def complies(run: FinishedRun) -> tuple[bool, str]:

@@ -21,6 +21,7 @@ Exit status: 0 the official checkers accept the tree, 1 they do not, 2 there is 
 import argparse
 import csv
 import dataclasses
+import functools
 import io
 import json
 import shutil
@@ -35,6 +36,7 @@ from typing import Any
 from reporting import run_sets, system_description, verdicts
 from reporting.finished_run import FinishedRun, RunError
 from settings import loading
+from settings.plan import Ruleset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,26 +128,30 @@ def write(
     (code / 'run_config.json').write_text(json.dumps(repeated, indent=2) + '\n')
 
 
-def judge(tree: Path, benchmark: str, ruleset: str) -> tuple[float | None, str]:
+def judge(tree: Path, benchmark: str, ruleset: Ruleset) -> tuple[float | None, str]:
     """The verdicts of the official package checker and result summarizer on a submission tree.
 
     Returns:
       The result in minutes, None if the tree is rejected; and what the checkers said.
     """
-    arguments = (tree.resolve(), 'training', ruleset)
-    _, said = verdicts.official('package_checker', *arguments)
+    version, changes = ruleset.version, ruleset.changes
+    official = functools.partial(verdicts.official, ruleset=version, changes=changes)
+    arguments = (tree.resolve(), 'training', version)
+    _, said = official('package_checker', *arguments)
     if 'PACKAGE CHECKER FOUND NO ERRORS' not in said:
         return None, said
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / 'summary.csv'
-        succeeded, said = verdicts.official('result_summarizer', *arguments, '--csv', table)
+        succeeded, said = official('result_summarizer', *arguments, '--csv', table)
         if not succeeded or 'ERROR' in said or not table.exists():
             return None, said
         with table.open() as file:
             rows = list(csv.DictReader(file))
     if len(rows) != 1 or not rows[0][benchmark]:
         return None, f'the result summarizer found no result:\n{said}'
-    return float(rows[0][benchmark]), 'package_checker, result_summarizer: SUCCESS'
+    notes = [f'with a change of their rules: {old} is {new}' for old, new in changes.items()]
+    verdict = '\n'.join(['package_checker, result_summarizer: SUCCESS', *notes])
+    return float(rows[0][benchmark]), verdict
 
 
 def main(arguments: list[str]) -> int:
@@ -172,7 +178,7 @@ def main(arguments: list[str]) -> int:
         else:
             description = system_description.describe(first.config, first.environment)
         write(tree, runs, description, code_of(first.environment['commit']))
-        minutes, said = judge(tree, first.config.benchmark, first.ruleset)
+        minutes, said = judge(tree, first.config.benchmark, first.plan.course.ruleset)
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

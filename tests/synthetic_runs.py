@@ -25,6 +25,7 @@ EXAMPLES = {
     'cifar10': (50000, 10000),
     'imagenet2012': (1281167, 50000),
     'c4': (1_500_000, 1024),
+    'speeches': (90_000, 562),
 }
 COMMIT = 'c0ffee' * 6 + 'beef'
 _seeds: Iterator[int] = itertools.count(1)

@@ -57,6 +57,26 @@ def test_official_checkers_accept_the_tree(runs, capsys):
     assert not [path for path in tree.rglob('*') if path.name.startswith('.')]
 
 
+@pytest.mark.parametrize(
+    ('name', 'counts', 'change'),
+    [
+        ('llama31_8b', [172_032, 184_320], False),
+        ('speeches', [8_000, 8_800], True),  # Open: the official rules want a loss below 1.
+    ],
+)
+def test_ten_runs_that_are_judged_by_a_loss_are_a_result(
+    tmp_path, commit, capsys, name, counts, change
+):
+    runs = write_runs(tmp_path / 'runs', resolve(name, **DETAILS), 5 * counts, commit=commit)
+    assert package(runs) == 0
+    said = capsys.readouterr().out
+    assert ('with a change of their rules' in said) == change
+    tree = runs / 'submission' / 'us'
+    assert len(list((tree / 'results/desk/llama31_8b').glob('result_*.txt'))) == 10
+    code = tree / 'benchmarks/llama31_8b/implementations/desk-jax'
+    assert json.loads((code / 'run_config.json').read_text())['model'] == resolve(name).model
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(('epochs', 'status'), [([40, 40, 40, 44, 40], 0), ([32] * 5, 1)])
 def test_closed_imagenet_results_are_held_against_the_official_points(
