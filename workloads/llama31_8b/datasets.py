@@ -15,8 +15,8 @@ class Names(NamedTuple):
 
 
 FILES = {
-    # As the MLCommons bucket has them: the last quarter of C4's training shards, and a part of its
-    # validation shards, by the tokenizer of Llama 3.1.
+    # As the MLCommons bucket has them: shards 768 to 895 of C4's 1024 for training, and a part of
+    # its validation shards, by the tokenizer of Llama 3.1.
     'c4': Names('c4-train.en_6_text_document', 'c4-validation-91205-samples.en_text_document'),
     'speeches': Names('train', 'validation'),
 }

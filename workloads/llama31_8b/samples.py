@@ -89,23 +89,16 @@ def training_order(lengths: np.ndarray, length: int, samples: int, seed: int) ->
     )
     state = np.random.RandomState(seed if seed < 2**32 else [seed % 2**32, seed >> 32])
 
-    def shuffled(array: np.ndarray) -> np.ndarray:
-        state.shuffle(array)
+    def shuffled(array: np.ndarray, border: int) -> np.ndarray:
+        """In place: what is before a border, then what is behind it."""
+        state.shuffle(array[:border])
+        state.shuffle(array[border:])
         return array
 
     numbers = np.arange(len(lengths), dtype=np.int32)
-    if apart:
-        parts = [shuffled(np.tile(numbers, epochs - 1)), shuffled(numbers)]
-        documents = np.concatenate(parts)
-    else:
-        documents = shuffled(np.tile(numbers, epochs))
-    border = before_last if apart else total
-    order = [
-        shuffled(np.arange(*part, dtype=np.uint32))
-        for part in ((0, border), (border, total))
-        if part[0] < part[1]
-    ]
-    return Order(documents, _starts(lengths, documents, length, total), np.concatenate(order))
+    documents = shuffled(np.tile(numbers, epochs), (epochs - 1) * len(lengths) if apart else 0)
+    order = shuffled(np.arange(total, dtype=np.uint32), before_last if apart else 0)
+    return Order(documents, _starts(lengths, documents, length, total), order)
 
 
 def file_order(lengths: np.ndarray, length: int, samples: int) -> Order:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences of tokens as an `input_pipeline.Source`, and a run's pipeline of them."""
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -63,8 +65,21 @@ class Sequences:
         return {'tokens': tokens, 'is_real': np.arange(size) < len(numbers)}
 
 
+def _make_order(folder: Path, lengths: np.ndarray, length: int, count: int, seed: int) -> None:
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        temporary.chmod(0o755)  # Others may train on the same data.
+        samples.training_order(lengths, length, count, seed).save(temporary)
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():  # Another process was faster.
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _kept_order(prefix: Path, length: int, count: int, seed: int) -> Path:
-    """The folder of `samples.training_order`, which is made if it is not there.
+    """The folder of `samples.training_order`, which one process makes if it is not there.
 
     It is in the folder "orders" beside the documents, and can be deleted at any time: another run
     with this seed makes it again.
@@ -77,16 +92,12 @@ def _kept_order(prefix: Path, length: int, count: int, seed: int) -> Path:
         return folder
     try:
         folder.parent.mkdir(exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            temporary.chmod(0o755)  # Others may train on the same data.
-            samples.training_order(lengths, length, count, seed).save(temporary)
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # Another process was faster.
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # Where there are no locks, each process makes it.
+                lock = stack.enter_context((folder.parent / 'lock').open('w'))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                _make_order(folder, lengths, length, count, seed)
     except OSError as error:
         raise DatasetError(
             f'the order of the training sequences cannot be written to {folder.parent}: '

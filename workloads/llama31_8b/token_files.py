@@ -101,6 +101,17 @@ class TokenFile:
         return self._tokens[first + start : end if stop is None else min(first + stop, end)]
 
 
+def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Writes an .idx for documents of so many tokens of a dtype, int [documents]."""
+    code = next(code for code, of_code in DTYPES.items() if dtype == of_code)
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    with path.open('wb') as file:
+        file.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
+        file.write(lengths.astype('<i4').tobytes())
+        file.write(np.concatenate(([0], ends[:-1])).astype('<i8').tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype='<i8').tobytes())
+
+
 def write(prefix: str | Path, documents: Iterable[np.ndarray], vocabulary: int) -> None:
     """Writes documents of tokens in [0, vocabulary) as a pair of files.
 
@@ -110,7 +121,6 @@ def write(prefix: str | Path, documents: Iterable[np.ndarray], vocabulary: int) 
       ValueError: a document is empty, or has a token outside of the vocabulary.
     """
     dtype = np.dtype('<u2' if vocabulary < SMALLEST_WIDE_VOCABULARY else '<i4')
-    code = next(code for code, of_code in DTYPES.items() if dtype == of_code)
     incomplete = {suffix: Path(f'{prefix}.{suffix}.incomplete') for suffix in ('bin', 'idx')}
     lengths = []
     with incomplete['bin'].open('wb') as file:
@@ -121,11 +131,6 @@ def write(prefix: str | Path, documents: Iterable[np.ndarray], vocabulary: int) 
                 )
             lengths.append(document.size)
             file.write(document.astype(dtype).tobytes())
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    with incomplete['idx'].open('wb') as file:
-        file.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
-        file.write(np.array(lengths, '<i4').tobytes())
-        file.write(np.concatenate(([0], ends[:-1])).astype('<i8').tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype='<i8').tobytes())
+    write_index(incomplete['idx'], np.array(lengths), dtype)
     for suffix, path in incomplete.items():
         os.replace(path, f'{prefix}.{suffix}')

@@ -3,7 +3,10 @@
 
 import os
 import re
+import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from settings.hyperparameters import resolve
 from tests.end_to_end.program import Program, share_programs
 from tests.harness import is_same
 from tests.workloads.llama31_8b.configurations import configure
-from workloads.llama31_8b import course, workload
+from workloads.llama31_8b import course, samples, workload
 from workloads.llama31_8b.fields import LlamaConfig
 from workloads.llama31_8b.token_files import write
 from workloads.llama31_8b.workload import WORKLOAD
@@ -62,14 +65,32 @@ def test_the_order_is_made_once_and_kept(data_dir, tmp_path):
     corpus = WORKLOAD.data(config)
     first, second = (WORKLOAD.pipeline(config, corpus, 5, Share(0, 4, 4)) for _ in range(2))
     orders = tmp_path / 'speeches' / 'orders'
-    assert len(list(orders.iterdir())) == 1
+    assert len(list(orders.glob('*/'))) == 1
     for a, b in zip(first.train(0, 3), second.train(0, 3), strict=True):
         np.testing.assert_array_equal(a['tokens'], b['tokens'])
     other = next(iter(WORKLOAD.pipeline(config, corpus, 6, Share(0, 4, 4)).train(0, 1)))
     assert not np.array_equal(other['tokens'], next(iter(first.train(0, 1)))['tokens'])
-    assert len(list(orders.iterdir())) == 2
+    assert len(list(orders.glob('*/'))) == 2
     WORKLOAD.pipeline(config, corpus, None, Share(0, 4, 4))  # Nothing is trained.
-    assert len(list(orders.iterdir())) == 2
+    assert len(list(orders.glob('*/'))) == 2
+
+
+def test_one_process_makes_the_order_and_others_wait(data_dir, tmp_path, monkeypatch):
+    """Threads that open a file each are to its lock what processes are."""
+    shutil.copytree(data_dir / 'speeches', tmp_path / 'speeches')
+    config = small(tmp_path)
+    corpus = WORKLOAD.data(config)
+    make, made = samples.training_order, []
+
+    def slowly(*arguments):
+        made.append(arguments)
+        time.sleep(0.2)
+        return make(*arguments)
+
+    monkeypatch.setattr(samples, 'training_order', slowly)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: WORKLOAD.pipeline(config, corpus, 7, Share(0, 4, 4)), range(4)))
+    assert len(made) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_named(data_dir, monkeypatch):
