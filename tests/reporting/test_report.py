@@ -168,11 +168,16 @@ def test_lines_differ_without_colour():
 def test_official_points_of_a_loss_are_shown_in_sequences(tmp_path):
     """Of the twenty official runs with this batch nine took 172,032, ten 184,320, one 196,608."""
     runs = write_runs(tmp_path / 'runs', resolve('llama31_8b'), [172_032, 184_320])
+    metrics = runs / '002' / 'metrics.jsonl'
+    metrics.write_text(metrics.read_text().replace('"loss"', '"mfu": 0.4, "loss"'))
     assert report.main([str(runs)]) == 0
     text = re.sub('<[^>]*>', ' ', (runs / 'report.html').read_text())
     assert 'these runs (n = 2, mean 178,176.00)' in text
     assert 'official reference (n = 20, mean 179,404.80)' in text
-    assert re.search('100 tokens/s', re.sub(r'\s+', ' ', text))
+    rows = re.sub(r'\s+', ' ', text)
+    assert 'without pauses tokens/s MFU fingerprint' in rows
+    assert re.search('001 .* reached 172032 [^–]* 100 – –', rows)
+    assert re.search('002 .* reached 184320 [^–]* 100 40.0% –', rows)
 
 
 def test_time_split_adds_up_to_the_run(page):
