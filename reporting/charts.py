@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Charts of a set of runs: from `FinishedRun`s to figures, as SVG for a page and PNG for the rest.
 
-Made for black and white and for narrow screens: what must be told apart differs in lightness and
-in dashes, text is large against the figure, and every figure is legible at 360 pixels of width.
+Made for black and white, for dark pages and for narrow screens: what must be told apart differs in
+lightness and in dashes, text is large against the figure, and every figure is legible at 360 pixels
+of width. In the SVG, colours are variables of the page's style.
 """
 
 import io
@@ -18,12 +19,21 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from reporting.finished_run import FinishedRun
+from settings.plan import Target
 
 WIDTH, HEIGHT = 4.6, 3.0  # Inches.
-RUN, MEDIAN, TARGET = '#9a9a9a', '#000000', '#b00020'
+RUN, MEDIAN, TARGET, GRID, BAR = '#9a9a9a', '#000000', '#b00020', '#e4e4e4', '#5c5c5c'
+_VARIABLES = {
+    RUN: 'run',
+    MEDIAN: 'ink',
+    TARGET: 'target',
+    GRID: 'grid',
+    BAR: 'bar',
+    '#ffffff': 'paper',
+}
 MOST_SEEDS = 100  # More lines than this add weight to the page and nothing to see.
 _STYLE: Any = {
     'font.size': 9,
@@ -33,7 +43,7 @@ _STYLE: Any = {
     'axes.spines.top': False,
     'axes.spines.right': False,
     'axes.grid': True,
-    'grid.color': '#e4e4e4',
+    'grid.color': GRID,
     'axes.axisbelow': True,
     'legend.frameon': False,
     'legend.fontsize': 8,
@@ -64,15 +74,16 @@ def draw(runs: Sequence[FinishedRun], official: Sequence[int]) -> dict[str, Char
     middle = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
     with matplotlib.rc_context(_STYLE):
         figures = {
-            'quality': ('Quality on the evaluation set.', quality(runs)),
-            'loss': ('Training loss, as the optimizer sees it, and evaluation loss.', loss(runs)),
+            'quality': (f'{"Error" if _is_error(runs[0].plan.target) else "Quality"} on the '
+                        'evaluation set. A dot is where a run met the target.', quality(runs)),
             'to_target': (f'{runs[0].units.capitalize()} to the target.',
                           to_target(runs, official)),
+            'loss': ('Training loss, as the optimizer sees it, and evaluation loss.', loss(runs)),
             'learning_rate': (f'Learning rate of the longest run, {longest.directory.name}.',
                               learning_rate(longest)),
             'throughput': ('Throughput while training.', throughput(runs)),
-            'time': (f'Where the time of the median run, {middle.directory.name}, went.',
-                     time_bar(time_split(middle))),
+            'time': (f'Where the {middle.seconds:,.1f} s of the median run, '
+                     f'{middle.directory.name}, went.', time_bars(time_split(middle))),
         }  # fmt: skip
         return {
             name: Chart(caption, _svg(figure, caption), _png(figure))
@@ -80,10 +91,17 @@ def draw(runs: Sequence[FinishedRun], official: Sequence[int]) -> dict[str, Char
         }
 
 
-def _figure(x: str, y: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout='constrained')
+def _figure(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout='constrained')
     axes = figure.add_subplot(xlabel=x, ylabel=y)
     return figure, axes
+
+
+def _logarithmic(axes: Axes) -> None:
+    """Makes the y axis so, with labels between powers of ten where there is room."""
+    axes.set_yscale('log')
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
 
 def _svg(figure: Figure, label: str) -> Markup:
@@ -93,6 +111,8 @@ def _svg(figure: Figure, label: str) -> Markup:
     start, rest = file.getvalue().partition('<svg')[2].split('>', 1)
     box = start.partition('viewBox="')[2].split('"')[0]
     opening = Markup('<svg role="img" aria-label="{}" viewBox="{}">').format(label, box)
+    for colour, name in _VARIABLES.items():
+        rest = rest.replace(colour, f'var(--{name})')
     return opening + Markup(rest)
 
 
@@ -125,24 +145,40 @@ def _all_and_median(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.autoscale_view()
 
 
+def _is_error(target: Target) -> bool:
+    """Whether what is missing from the best possible quality is drawn, and not the quality."""
+    return target.at_least and math.isfinite(target.largest)
+
+
 def quality(runs: Sequence[FinishedRun]) -> Figure:
-    """The result of each evaluation, with the target."""
-    target = runs[0].plan.target
-    figure, axes = _figure(runs[0].plan.course.unit, target.words)
-    _all_and_median(axes, [[(x, y) for x, y in run.results] for run in runs])
+    """The result of each evaluation on a logarithmic axis, with the target.
+
+    A quality that is better when larger, and has a largest value, is drawn as the error. One of 0
+    is drawn as half an example's.
+    """
+    plan = runs[0].plan
+    target, is_error = plan.target, _is_error(plan.target)
+
+    def drawn(value: float) -> float:
+        return max(target.largest - value, 0.5 / plan.num_eval) if is_error else value
+
+    words = f'{target.largest:g} − {target.words}' if is_error else target.words
+    figure, axes = _figure(plan.course.unit, words)
+    _logarithmic(axes)
+    _all_and_median(axes, [[(x, drawn(y)) for x, y in run.results] for run in runs])
     label = f'target {target.value:g}'
-    axes.axhline(target.value, color=TARGET, linestyle='--', linewidth=1.2, label=label)
-    if math.isfinite(target.largest):
-        axes.set_ylim(0, target.largest)
-    axes.legend(loc='lower right' if target.at_least else 'upper right')
+    axes.axhline(drawn(target.value), color=TARGET, linestyle='--', linewidth=1.2, label=label)
+    crossings = [(run.count, drawn(run.results[-1][1])) for run in runs if run.reached]
+    if crossings:
+        axes.plot(*zip(*crossings, strict=True), 'o', color=TARGET, markersize=3, alpha=0.6)
+    axes.legend(loc='lower left' if is_error else 'upper right')
     return figure
 
 
 def loss(runs: Sequence[FinishedRun]) -> Figure:
     """Training and evaluation loss."""
     figure, axes = _figure(runs[0].plan.course.unit, 'loss')
-    axes.set_yscale('log')
-    axes.yaxis.set_major_formatter('{x:g}')
+    _logarithmic(axes)
     _all_and_median(axes, [curve(run, 'loss') for run in runs])
     medians = _median([curve(run, 'eval_loss') for run in runs])
     axes.plot(*medians, color=MEDIAN, linestyle=':', linewidth=1.5, label='median, evaluation')
@@ -152,20 +188,24 @@ def loss(runs: Sequence[FinishedRun]) -> Figure:
 
 def to_target(runs: Sequence[FinishedRun], official: Sequence[int]) -> Figure:
     """How many runs met their target after how many units; for `official` see `draw`."""
-    figure, axes = _figure(f'{runs[0].units} to the target', 'share of the runs')
+    figure, axes = _figure(f'{runs[0].units} to the target', 'runs')
     evaluated = [0, *(evaluation.count for evaluation in runs[0].plan.evaluations)]
     width = 0.8 * min(after - before for before, after in itertools.pairwise(evaluated))
+    reached = [run.count for run in runs if run.reached]
     for values, label, style in (
-        ([run.count for run in runs if run.reached], 'these runs', {'color': '#5c5c5c'}),
+        (reached, 'these runs', {'color': BAR}),
         (official, 'official reference', {'fill': False, 'hatch': '////', 'edgecolor': MEDIAN}),
     ):
         if values:
             counts = sorted(Counter(values).items())
-            shares = [times / len(values) for _, times in counts]
             label = f'{label} (n = {len(values)}, mean {statistics.mean(values):,.2f})'
-            axes.bar([x for x, _ in counts], shares, width=width, label=label, **style)
+            places, heights = zip(*counts, strict=True)
+            axes.bar(places, heights, width, label=label, **style)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if 0 < len({*reached, *official}) <= 5:
+        axes.set_xticks(sorted({*reached, *official}))
     axes.xaxis.set_major_formatter('{x:,.0f}')
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(y=0.25)
     axes.legend(loc='upper left')
     return figure
@@ -173,7 +213,7 @@ def to_target(runs: Sequence[FinishedRun], official: Sequence[int]) -> Figure:
 
 def learning_rate(run: FinishedRun) -> Figure:
     """The rate that the optimizer used."""
-    figure, axes = _figure(run.plan.course.unit, 'learning rate', height=2.4)
+    figure, axes = _figure(run.plan.course.unit, 'learning rate')
     axes.plot(*zip(*curve(run, 'learning_rate'), strict=True), color=MEDIAN, linewidth=1.5)
     axes.set_ylim(bottom=0)
     return figure
@@ -182,7 +222,7 @@ def learning_rate(run: FinishedRun) -> Figure:
 def throughput(runs: Sequence[FinishedRun]) -> Figure:
     """What was trained on per second, without evaluations and pauses."""
     course = runs[0].plan.course
-    figure, axes = _figure(course.unit, course.throughput_unit, height=2.4)
+    figure, axes = _figure(course.unit, course.throughput_unit)
     _all_and_median(axes, [curve(run, 'throughput') for run in runs])
     axes.set_ylim(bottom=0)
     axes.legend(loc='lower right')
@@ -205,20 +245,11 @@ def time_split(run: FinishedRun) -> Mapping[str, float]:
     return split | {'pauses, start and end': max(run.seconds - working, 0.0)}
 
 
-def time_bar(split: Mapping[str, float]) -> Figure:
-    """One bar, split; told apart by lightness and hatching."""
-    figure, axes = _figure('seconds', '', height=1.7)
-    styles: list[dict[str, Any]] = [
-        {'color': '#ffffff', 'hatch': '\\\\\\'}, {'color': '#bdbdbd'}, {'color': '#5c5c5c'},
-        {'color': '#ffffff', 'hatch': '///'}, {'color': '#bdbdbd', 'hatch': 'xxx'},
-        {'color': '#ffffff'},
-    ]  # fmt: skip
-    start = 0.0
-    for (name, seconds), style in zip(split.items(), styles, strict=True):
-        label = f'{name} {seconds:.1f} s'
-        axes.barh(0, seconds, left=start, edgecolor='black', linewidth=0.8, label=label, **style)
-        start += seconds
-    axes.set_yticks([])
-    axes.grid(visible=False)
-    figure.legend(loc='outside upper left', ncols=2, fontsize=8)
+def time_bars(split: Mapping[str, float]) -> Figure:
+    """A bar for each part."""
+    figure, axes = _figure('seconds', '')
+    labels = [f'{name}\n{seconds:,.1f} s' for name, seconds in split.items()]
+    axes.barh(labels, list(split.values()), height=0.6, color=BAR)
+    axes.invert_yaxis()
+    axes.grid(axis='y', visible=False)
     return figure

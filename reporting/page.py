@@ -4,8 +4,12 @@
 Whatever folders, configurations, environments and logs say is escaped: `Markup` alone is HTML.
 """
 
+import dataclasses
+import os
 import statistics
 import string
+import time
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,8 @@ from markupsafe import Markup, escape
 from reporting import run_sets
 from reporting.charts import Chart
 from reporting.finished_run import FinishedRun, RunError
-from settings import hyperparameters
+from settings import hyperparameters, loading
+from settings.hyperparameters import Config
 
 _TEMPLATE = Path(__file__).with_name('page.html')
 Verdict = tuple[str, bool | None, str]  # A question, its answer or None if it cannot be asked, why.
@@ -66,14 +71,61 @@ def summary(runs: Sequence[FinishedRun]) -> str:
 
 
 def machine(run: FinishedRun) -> str:
-    """What a run was made on, in a sentence."""
+    """What a run was made on."""
     environment = run.environment
-    count, kind = environment['devices'], environment['device_kind']
-    text = f'{run.directory.name} ran on {count} × {kind} in {run.config.dtype}'
+    text = f'{environment["devices"]} × {environment["device_kind"]}'
     facts = environment.get('machine')
     if isinstance(facts, Mapping) and {'processor', 'usable_cores'} <= facts.keys():
-        text += f', with {facts["usable_cores"]} cores of {facts["processor"] or "a CPU"}'
-    return f'{text}; code version {environment["commit"]}.'
+        text += f', {facts["usable_cores"]} cores of {facts["processor"] or "a CPU"}'
+    return text
+
+
+def strip(runs: Sequence[FinishedRun], verdicts: Iterable[Verdict]) -> list[tuple[str, Any]]:
+    """What a reader looks for first: (name, value)."""
+    first = runs[0]
+    reached = [run.count for run in runs if run.reached]
+    mean, places = '–', 0
+    if reached:
+        places = 2 if max(reached) < 100 else 0
+        mean = f'{statistics.mean(reached):,.{places}f}'
+    if len(reached) > 1:
+        mean += f' ± {statistics.stdev(reached):,.{places}f}'
+    speeds = [speed for run in runs if (speed := run.average('throughput')) is not None]
+    passed = [answer for _, answer, _ in verdicts if answer is not None]
+    days = sorted({time.strftime('%Y-%m-%d', time.gmtime(r.start_ms / 1000)) for r in runs})
+    return [
+        ('target reached', f'{len(reached)} of {len(runs)} runs'),
+        (f'{first.units} to the target', mean),
+        ('median time', f'{statistics.median(run.seconds for run in runs):,.1f} s'),
+        ('throughput', f'{statistics.median(speeds):,.0f} {first.plan.course.throughput_unit}'
+                       if speeds else '–'),
+        ('machine', machine(first)),
+        ('precision', first.config.dtype),
+        ('code version', first.environment['commit'][:12]),
+        ('date', ' to '.join(dict.fromkeys((days[0], days[-1])))),
+        ('official checkers', _mark(all(passed))),
+    ]  # fmt: skip
+
+
+def _mark(passed: bool | None) -> Markup | str:
+    if passed is None:
+        return '–'
+    return Markup('<span class="{}">{}</span>').format(
+        *(('yes', '✔ yes') if passed else ('no', '✘ no'))
+    )
+
+
+def nearest(config: Config) -> tuple[str, Mapping[str, Any]]:
+    """The committed file that a configuration differs from least, and that file's values."""
+    theirs = {name: loading.load(name) for name in loading.committed()}
+    own = dataclasses.asdict(config)
+    name = min(theirs, key=lambda name: len(_changed(own, theirs[name])))
+    return name, theirs[name]
+
+
+def _changed(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Names of fields with another value; not those that each run or machine has for itself."""
+    return [n for n in ours if n not in ('seed', 'data_dir') and ours[n] != theirs.get(n)]
 
 
 def speed(run: FinishedRun) -> tuple[str, str]:
@@ -85,11 +137,19 @@ def speed(run: FinishedRun) -> tuple[str, str]:
     )
 
 
+def links(run: FinishedRun, folder: Path) -> Markup:
+    """Links to a run's log and metrics."""
+    start = urllib.parse.quote(os.path.relpath(run.directory, folder))
+    link = '<a href="{}/{}">{}</a>'
+    return _all(link, ((start, name, name) for name in ('mlperf.log', 'metrics.jsonl')))
+
+
 def make(
     runs: Sequence[FinishedRun],
     problems: Sequence[RunError],
     charts: Iterable[Chart],
     verdicts: Iterable[Verdict],
+    folder: Path,
 ) -> str:
     """The whole page.
 
@@ -98,9 +158,12 @@ def make(
       problems: why others are left out.
       charts: of the runs.
       verdicts: on the runs.
+      folder: that the page will be in; links to the runs' files start there.
     """
-    first = runs[0]
-    answers = {True: 'yes', False: Markup('<span class="no">NO</span>'), None: '–'}
+    first, verdicts = runs[0], list(verdicts)
+    name, committed = nearest(first.config)
+    changed = _changed(dataclasses.asdict(first.config), committed)
+    says = f'As {name}, but for:' if changed else f'That of {name}.'
     left_out = Markup()
     if problems:
         left_out = Markup('<h2>Left out: {} that cannot be used</h2>\n').format(len(problems))
@@ -109,12 +172,17 @@ def make(
         _TEMPLATE.read_text(),
         title=f'{first.config.model} on {first.config.dataset}: {len(runs)} runs',
         summary=summary(runs),
-        machine=machine(first),
+        strip=_all('<div><dt>{}</dt><dd>{}</dd></div>', strip(runs, verdicts)),
         charts=_all(
             '<figure>{}<figcaption>{}</figcaption></figure>', ((c.svg, c.caption) for c in charts)
         ),
-        verdicts=_rows((question, answers[passed], why) for question, passed, why in verdicts),
+        verdicts=_rows((question, _mark(passed), why) for question, passed, why in verdicts),
         left_out=left_out,
+        committed=says,
+        changed=_rows(
+            (field, getattr(first.config, field), f'{committed.get(field)} there')
+            for field in changed
+        ),
         configuration=_rows(
             (name, getattr(first.config, name), entry.help)
             for name, entry in hyperparameters.table(type(first.config)).items()
@@ -127,8 +195,8 @@ def make(
         metric=first.plan.target.words,
         runs=_rows(
             (run.directory.name, run.config.seed, 'reached' if run.reached else 'MISSED',
-             run.count, f'{run.results[-1][1]:.5f}', f'{run.seconds:.1f}',
-             f'{run.working_seconds:.1f}', *speed(run), run.fingerprint)
+             f'{run.count:,}', f'{run.results[-1][1]:.5f}', f'{run.seconds:.1f}',
+             f'{run.working_seconds:.1f}', *speed(run), run.fingerprint, links(run, folder))
             for run in runs
         ),
     )  # fmt: skip

@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
         pictures.mkdir(parents=True, exist_ok=True)
         for name, chart in drawn.items():
             (pictures / f'{name}.png').write_bytes(chart.png)
-        text = page.make(runs, problems, drawn.values(), judge(runs))
+        text = page.make(runs, problems, drawn.values(), judge(runs), out.parent)
         out.write_text(text, encoding='utf-8')
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)

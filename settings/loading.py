@@ -47,14 +47,18 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def committed() -> list[str]:
+    """The configuration files of this repository, as `load` takes them."""
+    names = sorted(path.name for path in (_ROOT / 'configs').glob('[a-z]*.py'))
+    return [f'configs/{name}' for name in names if name != 'common.py']
+
+
 def _find(name: str) -> Path:
     try:
         return next(p for p in (Path(name), _ROOT / name) if p.is_file())
     except (OSError, ValueError, StopIteration) as error:  # Too long a name, or one with a NUL.
-        known = sorted(p.name for p in (_ROOT / 'configs').glob('[a-z]*.py'))
-        known.remove('common.py')
         raise ConfigError(
-            f'--config={name[:200]}: no such file; there are configs/{{{", ".join(known)}}}, and '
+            f'--config={name[:200]}: no such file; there are {", ".join(committed())}, and '
             'FILE.json such as the config.json of a work directory'
         ) from error
 

@@ -41,7 +41,7 @@ def page(tmp_path_factory):
 def test_page_needs_nothing_else(page):
     text = page.read_text()
     assert not re.findall(r'<(?:link|script|img|iframe|object)\b', text)
-    assert not re.findall(r'(?:src|href)\s*=\s*"(?!#)', text)
+    assert not re.findall(r'(?:src|href)\s*=\s*"(?!#|\d+/)', text)  # Runs' files are in its folder.
     assert not re.findall(r'url\((?!#)|@import', text)
     assert page.stat().st_size < 2**20
 
@@ -54,12 +54,27 @@ def test_page_shows_what_the_runs_did(page):
         assert f'{run.directory.name}  {run.config.seed}  ' in text
     assert re.search('007 +[0-9]+ +MISSED +20', text)
     assert 'target 0.98' in text
+    shown = re.sub(r'\s+', ' ', text)
+    for fact in (
+        'target reached 6 of 7 runs',
+        'epochs to the target 10.50 ± 1.05',
+        'throughput 100 images/s',
+        'precision float32',
+        'official checkers ✘ no',
+        'As configs/digits.py, but for: org <b>&"us" ',
+    ):
+        assert fact in shown, fact
+    for name in ('mlperf.log', 'metrics.jsonl'):
+        (link,) = re.findall(f'href="(003/{name})"', page.read_text())
+        assert (page.parent / link).is_file()
     assert '<b>&"us"' in text
     assert '<b>&' not in page.read_text()
     # The verdicts, and the run that is left out.
-    assert re.search('compliance checker, ruleset 4.0.0 +NO +6 of 7 logs; .* 007: .*aborted', text)
-    assert re.search('seed checker +yes', text)
-    assert re.search('one experiment.* +yes', text)
+    assert re.search(
+        'compliance checker, ruleset 4.0.0 +✘ no +6 of 7 logs; .* 007: .*aborted', text
+    )
+    assert re.search('seed checker +✔ yes', text)
+    assert re.search('one experiment.* +✔ yes', text)
     assert re.search('008/mlperf.log cannot be used: it is not whole', text)
 
 
@@ -176,8 +191,24 @@ def test_official_points_of_a_loss_are_shown_in_sequences(tmp_path):
     assert 'official reference (n = 20, mean 179,404.80)' in text
     rows = re.sub(r'\s+', ' ', text)
     assert 'without pauses tokens/s MFU fingerprint' in rows
-    assert re.search('001 .* reached 172032 [^–]* 100 – –', rows)
-    assert re.search('002 .* reached 184320 [^–]* 100 40.0% –', rows)
+    assert re.search('001 .* reached 172,032 [^–]* 100 – – mlperf.log metrics.jsonl', rows)
+    assert re.search('002 .* reached 184,320 [^–]* 100 40.0% – mlperf.log', rows)
+
+
+def test_an_accuracy_is_drawn_as_its_error(tmp_path):
+    """With a dot where a run met the target, and an error of 0 as half an example's."""
+    config = resolve('digits')
+    runs = write_runs(tmp_path / 'runs', config, [3, 4])
+    write_run(runs / '003', config, [0.5, 1.0])
+    read = run_sets.read_runs(runs)
+    (axes,) = charts.quality(read).axes
+    assert (axes.get_yscale(), axes.get_ylabel()) == ('log', '1 − top-1')
+    assert axes.lines[2].get_ydata()[0] == pytest.approx(0.02)
+    dots = axes.lines[-1].get_xydata()
+    assert [x for x, _ in dots] == [3, 4, 2]
+    assert [y for _, y in dots] == pytest.approx(
+        [1 - read[0].results[-1][1], 1 - read[1].results[-1][1], 0.5 / 360]
+    )
 
 
 def test_time_split_adds_up_to_the_run(page):
@@ -195,7 +226,7 @@ def test_time_split_adds_up_to_the_run(page):
 
 
 @pytest.mark.parametrize(
-    ('epochs', 'verdict'), [([40, 40, 40, 44, 40], 'yes'), ([32, 32, 32, 28, 32], 'NO')]
+    ('epochs', 'verdict'), [([40, 40, 40, 44, 40], '✔ yes'), ([32, 32, 32, 28, 32], '✘ no')]
 )
 def test_official_points_are_shown_where_the_batch_has_some(tmp_path, epochs, verdict):
     config = resolve('imagenet', division='closed')
@@ -316,7 +347,7 @@ def test_a_quality_that_falls_and_is_counted_in_examples(tmp_path):
     assert '1 of 1 runs reached log perplexity of at most 3.3, after 20,480.00 sequences' in said
     (axes,) = charts.quality([run]).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ('sequences', 'log perplexity')
-    assert 3.3 < axes.get_ylim()[1] < 10
+    assert list(axes.lines[-1].get_xydata()[0]) == [5 * 4096, run.results[-1][1]]
     (axes,) = charts.to_target([run], []).axes
     assert axes.get_xlabel() == 'sequences to the target'
     assert axes.patches[0].get_width() == pytest.approx(0.8 * 4096)
