@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts checkpoints of Llama to Hugging Face's form and back.
+"""Converts checkpoints of Llama to Hugging Face's form and back, and from Meta's.
 
     convert_llama.py to-hugging-face   WORKDIR/checkpoints/STEP OUT_FOLDER [--dtype=bfloat16]
     convert_llama.py from-hugging-face FOLDER OUT_CHECKPOINT
+    convert_llama.py from-meta         FOLDER OUT_CHECKPOINT
 
-The folder is one that `LlamaForCausalLM.from_pretrained` loads: config.json, and the weights in
-.safetensors files of at most 4 GB with an index. fp32, the default, is exact, there and back;
-bfloat16 is rounded to the nearest, ties to even. Weights are read and written in pieces, so that
-memory does not depend on the network; an import needs as much room again beside the output, for a
-while. Exit status: 0, or 2 with the output untouched.
+Hugging Face's folder is one that `LlamaForCausalLM.from_pretrained` loads: config.json, and the
+weights in .safetensors files of at most 4 GB with an index. fp32, the default, is exact, there and
+back; bfloat16 is rounded to the nearest, ties to even. Meta's has params.json and
+consolidated.00.pth, which PyTorch reads. Weights are read and written in pieces, so that memory
+does not depend on the network; an import needs as much room again beside the output, for a while.
+Exit status: 0, or 2 with the output untouched.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,17 @@ from safetensors import safe_open
 from models.llama.architectures import ARCHITECTURES, Architecture
 from settings.errors import REJECTED, CheckpointError
 from training import checkpointing
-from workloads.llama31_8b import hugging_face
+from workloads import weight_files
+from workloads.llama31_8b import hugging_face, meta
 
 FILE_BYTES = 4 * 10**9
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16'}
 INDEX = 'model.safetensors.index.json'
 OURS = 'trained_by'  # What config.json says about the training, beside what Hugging Face reads.
+NOT_OURS = {'step': 0, 'config': None}
+META_FILE = 'consolidated.00.pth'
+
+Empty = Callable[[Sequence[int]], np.ndarray]  # Makes an fp32 array of a shape.
 
 
 def to_hugging_face(checkpoint: Path, out: Path, dtype: str) -> str:
@@ -118,11 +125,16 @@ def _write_file(path: Path, weights: Mapping[str, Any], dtype: np.dtype) -> None
 
 
 class Weight:
-    """An array in a .safetensors file, read when it is sliced, as fp32, which holds bfloat16."""
+    """An array in a file, read when it is sliced, as fp32, which holds half precision exactly.
 
-    def __init__(self, name: str, file: Any):
-        self._name, self._slice = name, file.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
+    Args:
+      name: in its file.
+      shape: of all of it.
+      read: gives a piece as NumPy's fp32 array.
+    """
+
+    def __init__(self, name: str, shape: Sequence[int], read: Callable[[Any], np.ndarray]):
+        self.shape, self._name, self._read = tuple(shape), name, read
 
     def __getitem__(self, piece: Any) -> np.ndarray:
         """A piece of it.
@@ -130,10 +142,22 @@ class Weight:
         Raises:
           CheckpointError: it has values that are not finite.
         """
-        values = np.asarray(self._slice[piece].astype(jnp.float32))
+        values = self._read(piece)
         if not np.isfinite(values).all():
             raise CheckpointError(f'{self._name} is not finite')
         return values
+
+    @classmethod
+    def of_safetensors(cls, name: str, file: Any) -> 'Weight':
+        """One of a file that `safe_open` opened."""
+        stored = file.get_slice(name)
+        shape = stored.get_shape()
+        return cls(name, shape, lambda piece: np.asarray(stored[piece].astype(jnp.float32)))
+
+    @classmethod
+    def of_tensor(cls, name: str, tensor: Any) -> 'Weight':
+        """One of PyTorch's."""
+        return cls(name, tensor.shape, lambda piece: tensor[piece].float().numpy())
 
 
 def _weights(folder: Path) -> dict[str, Weight]:
@@ -142,7 +166,7 @@ def _weights(folder: Path) -> dict[str, Weight]:
     if (folder / INDEX).exists():
         files = sorted(set(json.loads((folder / INDEX).read_text())['weight_map'].values()))
     opened = [safe_open(folder / name, framework='flax') for name in files]
-    return {name: Weight(name, file) for file in opened for name in file.keys()}  # noqa: SIM118
+    return {n: Weight.of_safetensors(n, file) for file in opened for n in file.keys()}  # noqa: SIM118
 
 
 def architecture_of(described: Mapping[str, Any]) -> Architecture:
@@ -172,6 +196,42 @@ def from_hugging_face(folder: Path, out: Path) -> str:
     Raises:
       CheckpointError: it is not whole, or of another network.
     """
+
+    def read(empty: Empty) -> tuple[Any, Mapping[str, Any]]:
+        described = json.loads((folder / 'config.json').read_text())
+        params = hugging_face.imported(_weights(folder), architecture_of(described), empty)
+        return params, described.get(OURS) or NOT_OURS
+
+    return _imported(folder, out, read)
+
+
+def from_meta(folder: Path, out: Path) -> str:
+    """Imports a folder of Meta's and says what was done.
+
+    Raises:
+      CheckpointError: as `from_hugging_face`.
+    """
+
+    def read(empty: Empty) -> tuple[Any, Mapping[str, Any]]:
+        files = sorted(path.name for path in folder.glob('consolidated.*.pth'))
+        if files != [META_FILE]:
+            raise CheckpointError(
+                f'there must be one file {META_FILE}, and there are {len(files)} of such a name; '
+                'several hold parts of each weight, for as many GPUs, and are not read'
+            )
+        architecture = meta.architecture_of(json.loads((folder / 'params.json').read_text()))
+        tensors = weight_files.mapped(folder / META_FILE)
+        weights = {name: Weight.of_tensor(name, tensor) for name, tensor in tensors.items()}
+        weights = meta.reordered(weights, architecture)
+        return hugging_face.imported(weights, architecture, empty, meta.name_of), NOT_OURS
+
+    return _imported(folder, out, read)
+
+
+def _imported(
+    folder: Path, out: Path, read: Callable[[Empty], tuple[Any, Mapping[str, Any]]]
+) -> str:
+    """Writes the weights that `read` gives, and what config.json says of their training."""
     with _temporary(out) as temporary:
         numbers = itertools.count()
 
@@ -180,10 +240,7 @@ def from_hugging_face(folder: Path, out: Path) -> str:
             return np.memmap(path, np.float32, 'w+', shape=tuple(shape))
 
         try:
-            described = json.loads((folder / 'config.json').read_text())
-            architecture = architecture_of(described)
-            params = hugging_face.imported(_weights(folder), architecture, on_disk)
-            trained = described.get(OURS) or {'step': 0, 'config': None}
+            params, trained = read(on_disk)
             step, config = np.int32(trained['step']), trained['config']
         except KeyError as error:
             raise CheckpointError(f'{folder} lacks {error}') from error
@@ -210,9 +267,11 @@ def main(arguments: list[str]) -> int:
     export.add_argument('source', metavar='CHECKPOINT', type=Path)
     export.add_argument('out', metavar='OUT_FOLDER', type=Path)
     export.add_argument('--dtype', choices=DTYPES, default='float32')
-    importer = commands.add_parser('from-hugging-face')
-    importer.add_argument('source', metavar='FOLDER', type=Path)
-    importer.add_argument('out', metavar='OUT_CHECKPOINT', type=Path)
+    importers = {'from-hugging-face': from_hugging_face, 'from-meta': from_meta}
+    for command in importers:
+        importer = commands.add_parser(command)
+        importer.add_argument('source', metavar='FOLDER', type=Path)
+        importer.add_argument('out', metavar='OUT_CHECKPOINT', type=Path)
     flags = parser.parse_args(arguments)
     try:
         if flags.out.exists():
@@ -220,7 +279,7 @@ def main(arguments: list[str]) -> int:
         if flags.command == 'to-hugging-face':
             done = to_hugging_face(flags.source, flags.out, flags.dtype)
         else:
-            done = from_hugging_face(flags.source, flags.out)
+            done = importers[flags.command](flags.source, flags.out)
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return REJECTED

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of named weights, .safetensors and PyTorch's .pth: read with distrust, written whole.
 
-`read` and `write` move a dictionary of NumPy arrays between memory and a file. PyTorch is needed
-for .pth only.
+`read` and `write` move a dictionary of NumPy arrays between memory and a file; `mapped` gives the
+tensors of a large .pth file without reading them. PyTorch is needed for .pth only.
 """
 
+import contextlib
 import json
 import pickle
 import pickletools
 import re
 import shlex
+import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +26,7 @@ import safetensors.numpy
 from settings.errors import CheckpointError
 
 _DTYPES = ('F32', 'I64', 'torch.float32', 'torch.int64')  # Of weights and of counters.
+_MAPPED_DTYPES = ('torch.float32', 'torch.bfloat16', 'torch.float16')
 _MOST_OPCODES = 100_000  # Of a pickle; a ResNet-50 has a tenth. Deeper nesting overflows the stack.
 _LISTED = 6  # Names that an error lists.
 _ROOT = Path(__file__).resolve().parents[1]
@@ -76,13 +79,41 @@ def read(path: Path) -> tuple[StateDict, dict[str, str]]:
       FileNotFoundError: there is no such file.
       CheckpointError: it is damaged, or holds anything but tensors of float32 and int64.
     """
+    readers = {'.safetensors': _read_safetensors, '.pth': _read_pth, '.pt': _read_pth}
+    with _damage_named(path):
+        if path.suffix not in readers:
+            raise CheckpointError(f'{path}: only .safetensors, .pth and .pt files are read')
+        return readers[path.suffix](path)
+
+
+def mapped(path: Path) -> dict[str, Any]:
+    """The tensors of a .pth file by name, mapped into memory: they are read where they are used.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      CheckpointError: it is damaged, of PyTorch before 1.6, or holds anything but tensors of
+        float32, bfloat16 and float16.
+    """
+    with _damage_named(path):
+        tensors = {name: x.detach() for name, x in _load_pth(path, mmap=True).items()}
+        others = [
+            f'{n} {x.dtype}' for n, x in tensors.items() if str(x.dtype) not in _MAPPED_DTYPES
+        ]
+        if others:
+            raise CheckpointError(
+                f'{path}: only weights of float32, bfloat16 and float16 are read, and not these: '
+                + some(others)
+            )
+        return tensors
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Makes whatever a library raises for a file a CheckpointError."""
     if not path.is_file():
         raise FileNotFoundError(f'there is no file {path}')
-    readers = {'.safetensors': _read_safetensors, '.pth': _read_pth, '.pt': _read_pth}
-    if path.suffix not in readers:
-        raise CheckpointError(f'{path}: only .safetensors, .pth and .pt files are read')
     try:
-        return readers[path.suffix](path)
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # Both libraries raise any for a damaged file.
@@ -126,7 +157,7 @@ def _import_torch(path: Path):
     except ImportError as error:
         venv, setup, script = (
             shlex.quote(str(_ROOT / name))
-            for name in ('.venv-cpu', 'scripts/setup_env.sh', 'scripts/convert_checkpoint.py')
+            for name in ('.venv-cpu', 'scripts/setup_env.sh', Path(sys.argv[0]).absolute())
         )
         raise CheckpointError(
             f'{path}: .pth files need PyTorch, whose libraries would overwrite those of '
@@ -167,7 +198,8 @@ def _check_archive(path: Path) -> None:
                     _check_pickle(path, file)
 
 
-def _read_pth(path: Path) -> tuple[StateDict, dict[str, str]]:
+def _load_pth(path: Path, *, mmap: bool) -> Mapping[str, Any]:
+    """The tensors of a file, checked but for their dtypes; with `mmap` not read."""
     torch = _import_torch(path)
     with path.open('rb') as file:
         if file.read(4) == b'PK\x03\x04':
@@ -178,7 +210,7 @@ def _read_pth(path: Path) -> tuple[StateDict, dict[str, str]]:
                 _check_pickle(path, file)
     remedy = 'Save `model.state_dict()` alone'
     try:
-        loaded = torch.load(path, map_location='cpu', weights_only=True)
+        loaded = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = re.search(r'(Unsupported|GLOBAL|Trying)[^\n.]*[\w.]*', str(error))
         raise CheckpointError(
@@ -196,7 +228,6 @@ def _read_pth(path: Path) -> tuple[StateDict, dict[str, str]]:
         raise CheckpointError(
             f'{path} is no plain dictionary of names and tensors: {some(others)}. {remedy}'
         )
-    _check_dtypes(path, {name: str(tensor.dtype) for name, tensor in loaded.items()})
     absent = [
         name
         for name, tensor in loaded.items()
@@ -206,6 +237,12 @@ def _read_pth(path: Path) -> tuple[StateDict, dict[str, str]]:
     ]
     if absent:
         raise CheckpointError(f'{path}: not all values of these are in the file: {some(absent)}')
+    return loaded
+
+
+def _read_pth(path: Path) -> tuple[StateDict, dict[str, str]]:
+    loaded = _load_pth(path, mmap=False)
+    _check_dtypes(path, {name: str(tensor.dtype) for name, tensor in loaded.items()})
     source = getattr(loaded, '_metadata', {}).get('', {}).get('source', {})
     if not all(isinstance(text, str) for pair in source.items() for text in pair):
         raise CheckpointError(f'{path} is damaged: its metadata are not names and texts')

@@ -273,6 +273,7 @@ def test_tensors_of_other_kinds_are_named(tmp_path, kind):
 def test_missing_pytorch_is_advised_an_environment_of_its_own(tmp_path, monkeypatch):
     """Beside the CUDA wheels it would overwrite their libraries."""
     monkeypatch.setitem(sys.modules, 'torch', None)
+    monkeypatch.setattr(sys, 'argv', [str(SCRIPT), 'in.pth'])
     (tmp_path / 'in.pth').write_bytes(b'x')
     with pytest.raises(CheckpointError) as error:
         weight_files.read(tmp_path / 'in.pth')

@@ -110,6 +110,7 @@ def imported(
     weights: Mapping[str, Any],
     architecture: Architecture,
     empty: Callable[[Sequence[int]], np.ndarray] = _in_memory,
+    called: Callable[[str], str] = str,
 ) -> dict[str, Any]:
     """The inverse of `exported`, a piece of one weight after the other.
 
@@ -117,6 +118,7 @@ def imported(
       weights: arrays by their name there, or what has a shape and gives arrays when it is sliced.
       architecture: of the network.
       empty: makes an fp32 array of a shape, to be filled.
+      called: the name in `weights` of what is called so there; the same, if not given.
 
     Raises:
       KeyError: a weight is missing.
@@ -124,6 +126,7 @@ def imported(
     """
     params = jax.tree.map(lambda x: empty(x.shape), described(architecture))
     for name, ours in exported(params):
+        name = called(name)
         theirs = weights[name]
         if tuple(theirs.shape) != ours.shape:
             raise CheckpointError(f'{name} has shape {list(theirs.shape)}, not {list(ours.shape)}')
