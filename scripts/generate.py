@@ -6,9 +6,9 @@
 
 CHECKPOINT is WORKDIR/checkpoints/STEP, or a work directory, which stands for its newest. Without
 --tokenizer the bytes of the text are its tokens, as for configs/speeches.py; a tokenizer.json is
-read by the package `tokenizers`, which no lock has. For every token as many are computed anew as a
-training sequence has, which is slow for a large network. Exit status: 0, or 2 for what cannot be
-used.
+read by the package `tokenizers` of requirements-tools.txt. For every token as many are computed
+anew as a training sequence has, which is slow for a large network. Exit status: 0, or 2 for what
+cannot be used.
 """
 
 import argparse
@@ -67,7 +67,9 @@ class File:
         try:
             from tokenizers import Tokenizer as Read
         except ImportError as error:
-            raise ValueError('--tokenizer needs a package: pip install tokenizers') from error
+            raise ValueError(
+                '--tokenizer needs the package tokenizers; scripts/setup_env.sh installs it'
+            ) from error
         self._tokenizer = Read.from_str(path.read_text())
 
     def encode(self, text: str) -> Sequence[int]:

