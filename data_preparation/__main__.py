@@ -50,7 +50,15 @@ OPTIONS: dict[str, dict] = {
     '--manifest': {'metavar': 'FILE', 'type': absolute,
                    'help': 'compare with this manifest instead of the published one'},
     '--workers': {'metavar': 'N', 'type': positive, 'default': len(os.sched_getaffinity(0)),
-                  'help': 'threads (default: one per core)'},
+                  'help': 'threads or processes (default: one per core)'},
+    '--raw': {'metavar': 'FOLDER', 'type': absolute,
+              'help': 'make the files from the shards c4-train.*.json.gz and '
+                      'c4-validation.*.json.gz in this folder'},
+    '--tokenizer': {'metavar': 'FILE', 'type': absolute,
+                    'help': 'the tokenizer.json of Llama 3.1, for --raw'},
+    '--append_eod': {'metavar': 'TOKEN',
+                     'help': 'with --raw, end every document by this token, for example '
+                             '<|end_of_text|> (default: by none, as in the official preparation)'},
 }
 # fmt: on
 
@@ -79,7 +87,8 @@ def parse_arguments() -> argparse.Namespace:
     _add_options(add('digits', help='the digits that scikit-learn carries'))
     _add_options(add('cifar10', help='CIFAR-10'), '--from')
     _add_options(add('speeches', help='messages of presidents to Congress, as bytes'))
-    _add_options(add('c4', help='C4 as tokens of Llama 3.1, as MLCommons publishes it'), '--url')
+    c4 = add('c4', help='C4 as tokens of Llama 3.1, as MLCommons publishes it or from its texts')
+    _add_options(c4, '--url', '--raw', '--tokenizer', '--append_eod', '--workers')
     imagenet = add('imagenet2012', aliases=['imagenet'], help='ILSVRC2012')
     _add_options(imagenet, '--archives_dir', '--url', '--sources', '--workers')
 
@@ -88,12 +97,25 @@ def parse_arguments() -> argparse.Namespace:
     _add_options(verify, '--full', '--manifest', '--workers')
     arguments = parser.parse_args()
     arguments.name = known[arguments.name]
+    if arguments.name == 'c4' and arguments.command == 'prepare':
+        if bool(arguments.raw) != bool(arguments.tokenizer) or (arguments.raw and arguments.url):
+            c4.error('--raw and --tokenizer go together, and without --url')
+        if arguments.append_eod is not None and not arguments.raw:
+            c4.error('--append_eod needs --raw')
     return arguments
 
 
 def run(arguments: argparse.Namespace) -> str:
     """Runs one command and returns the line that says what came of it."""
-    from data_preparation import cifar10, digits, imagenet, imagenet_archives, manifest, token_data
+    from data_preparation import (
+        cifar10,
+        digits,
+        imagenet,
+        imagenet_archives,
+        manifest,
+        raw_c4,
+        token_data,
+    )  # fmt: skip
     from data_preparation.verify import verify
 
     name, data_dir = arguments.name, arguments.data_dir
@@ -102,6 +124,9 @@ def run(arguments: argparse.Namespace) -> str:
             return token_data.verify(name, data_dir)
         full, workers = arguments.full, arguments.workers
         return verify(name, data_dir, full=full, manifest_file=arguments.manifest, workers=workers)
+    if name == 'c4' and arguments.raw:
+        raw, tokenizer, end = arguments.raw, arguments.tokenizer, arguments.append_eod
+        return f'prepared: {raw_c4.prepare(data_dir, raw, tokenizer, end, arguments.workers)}'
     if name == 'c4':
         return f'prepared: {token_data.prepare_c4(data_dir, arguments.url)}'
     if name == 'speeches':

@@ -8,13 +8,10 @@ per thread. A shard gets its name when it is complete, and the folder gets its o
 a preparation that was stopped resumes with the shards that are missing.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +24,7 @@ from data_preparation import dataset, files, manifest
 from data_preparation.archives import check
 from data_preparation.imagenet_archives import NAME, VERSION, Source, features, index, repair
 from data_preparation.manifest import Summary
-from data_preparation.progress import in_threads, progress
+from data_preparation.progress import in_threads, only_one, progress
 from workloads.resnet.image_decoding import decode
 from workloads.resnet.records import Record
 
@@ -57,7 +54,7 @@ def prepare(data_dir: Path, archives_dir: Path, sources: dict[str, Source], work
         )
     work = data_dir / NAME / f'incomplete.{VERSION}'
     work.mkdir(parents=True, exist_ok=True)
-    with _only_one(work):
+    with only_one(work):
         for split, source in sources.items():
             check(archives[split], source, work / 'checked.json')
         indexes = {
@@ -74,19 +71,6 @@ def prepare(data_dir: Path, archives_dir: Path, sources: dict[str, Source], work
         shutil.rmtree(work / 'summaries')
         os.rename(work, final)
     return final
-
-
-@contextlib.contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """Holds a lock on the folder that dies with the process."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise OSError(f'another preparation is at work in {directory}') from error
-    finally:
-        os.close(descriptor)
 
 
 def _check_space(work: Path, indexes: dict[str, list[np.ndarray]]) -> None:

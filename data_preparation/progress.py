@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that takes a while: shown by a bar, done by threads that stop together."""
+"""Work that takes a while: shown by a bar, done by threads or processes that stop together."""
 
 import concurrent.futures
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 from tqdm import tqdm
+
+from scripts import end_with_parent
+from settings.errors import RejectedError
+
+POLL_SECONDS = 0.2
 
 
 def progress(text: str, total: int | None, unit: str, done: int = 0) -> tqdm:
@@ -37,3 +49,67 @@ def in_threads(function: Callable[..., None], calls: Sequence[tuple], workers: i
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def in_process(function: Callable[..., None], arguments: tuple, stop: threading.Event) -> bool:
+    """Calls `function(*arguments)` in a process of its own, which ends with this one.
+
+    Returns:
+        Whether it was done; False if it was ended because `stop` was set.
+
+    Raises:
+        ValueError, RejectedError, OSError: what the function raised.
+        OSError: the process was killed.
+    """
+    spawn = multiprocessing.get_context('spawn')
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_report, args=(theirs, os.getpid(), function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        while not ours.poll(POLL_SECONDS):
+            if stop.is_set():
+                process.terminate()
+                return False
+        error = ours.recv()
+    except EOFError:
+        process.join()
+        status = process.exitcode
+        raise OSError(
+            f'a process ended with status {status} before its work was done'
+            + ': it was killed, perhaps for want of memory' * (status == -signal.SIGKILL)
+        ) from None
+    finally:
+        process.join()
+    if error:
+        raise error
+    return True
+
+
+def _report(answer: Connection, parent: int, function: Callable[..., None], arguments: tuple):
+    """The program of such a process: sends None or the error; others end it with a traceback."""
+    end_with_parent.ask(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends it.
+    try:
+        function(*arguments)
+    except (ValueError, RejectedError, OSError) as error:
+        answer.send(error)
+    else:
+        answer.send(None)
+
+
+@contextlib.contextmanager
+def only_one(directory: Path) -> Iterator[None]:
+    """Holds a lock on the folder that dies with the process.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise OSError(f'another preparation is at work in {directory}') from error
+    finally:
+        os.close(descriptor)

@@ -23,6 +23,14 @@ def wrap(command: list[str]) -> list[str]:
     return [sys.executable, __file__, str(os.getpid()), *command]
 
 
+def ask(parent: int) -> None:
+    """Has the system send SIGTERM to this process when the one with that id, its parent, dies."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # It died before the system was asked.
+        signal.raise_signal(signal.SIGTERM)
+
+
 def main() -> None:
     """The program."""
     parser = argparse.ArgumentParser(
@@ -31,10 +39,7 @@ def main() -> None:
     parser.add_argument('parent', type=int, metavar='PARENT')
     parser.add_argument('command', nargs=argparse.REMAINDER, metavar='COMMAND ARGUMENT')
     flags = parser.parse_args()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != flags.parent:  # It died before the system was asked.
-        signal.raise_signal(signal.SIGTERM)
+    ask(flags.parent)
     os.execvp(flags.command[0], flags.command)
 
 

@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from data_preparation import cifar10, digits, imagenet, imagenet_archives
 from data_preparation.__main__ import parse_arguments
+from data_preparation.progress import only_one
 from data_preparation.verify import verify
 from settings.errors import DatasetError
 from tests.ilsvrc_archives import (
@@ -280,7 +281,7 @@ def test_an_unknown_class_is_rejected(tmp_path):
 def test_two_preparations_of_one_folder_exclude_each_other(tmp_path, sources):
     work = tmp_path / 'data/imagenet2012/incomplete.5.1.0'
     work.mkdir(parents=True)
-    with imagenet._only_one(work), pytest.raises(OSError, match=r'another preparation'):
+    with only_one(work), pytest.raises(OSError, match=r'another preparation'):
         prepare(tmp_path, sources)
 
 

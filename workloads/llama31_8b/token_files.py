@@ -8,9 +8,11 @@ as numbers of sequences (i64 [m]); nothing is aligned. Here every document is on
 official preparation writes them.
 """
 
+import array
 import os
+import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ VERSION = 1
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 # Vocabularies below it are stored in 16 bits.
 SMALLEST_WIDE_VOCABULARY = 65500
+BLOCK = 1 << 24  # bytes that are copied at a time
 _HEADER = struct.Struct('<9sQBQQ')
 
 
@@ -64,6 +67,18 @@ def _read_index(path: Path, bin_bytes: int) -> tuple[np.dtype, np.ndarray]:
     return dtype, lengths
 
 
+def _opened(prefix: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """The documents' lengths and all tokens, mapped; DatasetError names the file that is wrong."""
+    index, tokens = (Path(f'{prefix}.{suffix}') for suffix in ('idx', 'bin'))
+    try:
+        dtype, lengths = _read_index(index, tokens.stat().st_size)
+        return lengths, np.memmap(tokens, dtype.newbyteorder('<'), 'r')
+    except OSError as error:
+        raise DatasetError(f'{error.filename} cannot be read: {error.strerror}') from error
+    except ValueError as error:
+        raise DatasetError(f'{index} cannot be used: {error}') from error
+
+
 class TokenFile:
     """The documents of a pair of files; tokens are read when they are asked for.
 
@@ -81,14 +96,7 @@ class TokenFile:
 
     def __init__(self, prefix: str | Path):
         self.prefix = Path(prefix)
-        index, tokens = (Path(f'{prefix}.{suffix}') for suffix in ('idx', 'bin'))
-        try:
-            dtype, self.lengths = _read_index(index, tokens.stat().st_size)
-            self._tokens = np.memmap(tokens, dtype.newbyteorder('<'), 'r')
-        except OSError as error:
-            raise DatasetError(f'{error.filename} cannot be read: {error.strerror}') from error
-        except ValueError as error:
-            raise DatasetError(f'{index} cannot be used: {error}') from error
+        self.lengths, self._tokens = _opened(prefix)
         self._first = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
         self.tokens = int(self._first[-1])
 
@@ -104,26 +112,28 @@ class TokenFile:
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
     """Writes an .idx for documents of so many tokens of a dtype, int [documents]."""
     code = next(code for code, of_code in DTYPES.items() if dtype == of_code)
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     with path.open('wb') as file:
         file.write(_HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
-        file.write(lengths.astype('<i4').tobytes())
-        file.write(np.concatenate(([0], ends[:-1])).astype('<i8').tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype='<i8').tobytes())
+        lengths.astype('<i4', copy=False).tofile(file)
+        first = np.cumsum(lengths, dtype='<i8')
+        first -= lengths
+        first *= dtype.itemsize
+        first.tofile(file)
+        del first
+        np.arange(len(lengths) + 1, dtype='<i8').tofile(file)
 
 
 def write(prefix: str | Path, documents: Iterable[np.ndarray], vocabulary: int) -> None:
     """Writes documents of tokens in [0, vocabulary) as a pair of files.
 
-    Both appear under their names only when they are complete.
+    Both appear under their names only when they are complete, the .idx last.
 
     Raises:
       ValueError: a document is empty, or has a token outside of the vocabulary.
     """
     dtype = np.dtype('<u2' if vocabulary < SMALLEST_WIDE_VOCABULARY else '<i4')
-    incomplete = {suffix: Path(f'{prefix}.{suffix}.incomplete') for suffix in ('bin', 'idx')}
-    lengths = []
-    with incomplete['bin'].open('wb') as file:
+    lengths = array.array('i')
+    with _incomplete(prefix, 'bin').open('wb') as file:
         for number, document in enumerate(documents):
             if not document.size or document.min() < 0 or document.max() >= vocabulary:
                 raise ValueError(
@@ -131,6 +141,36 @@ def write(prefix: str | Path, documents: Iterable[np.ndarray], vocabulary: int) 
                 )
             lengths.append(document.size)
             file.write(document.astype(dtype).tobytes())
-    write_index(incomplete['idx'], np.array(lengths), dtype)
-    for suffix, path in incomplete.items():
+    _complete(prefix, dtype, np.array(lengths, np.int32))
+
+
+def join(prefix: str | Path, parts: Sequence[Path]) -> None:
+    """Writes the documents of other pairs of files, of one vocabulary, in their order, as one pair.
+
+    As `write` it completes the files. Memory: 12 bytes a document.
+
+    Raises:
+      DatasetError: a part is missing or damaged, or has tokens of another dtype.
+    """
+    lengths, tokens = zip(*map(_opened, parts), strict=True)
+    if len({x.dtype for x in tokens}) > 1:
+        raise DatasetError(f'the parts of {prefix} have tokens of more than one dtype')
+    with _incomplete(prefix, 'bin').open('wb') as file:
+        for part in parts:
+            with Path(f'{part}.bin').open('rb') as content:
+                shutil.copyfileobj(content, file, BLOCK)
+    _complete(prefix, tokens[0].dtype, np.concatenate(lengths))
+
+
+def _incomplete(prefix: str | Path, suffix: str) -> Path:
+    return Path(f'{prefix}.{suffix}.incomplete')
+
+
+def _complete(prefix: str | Path, dtype: np.dtype, lengths: np.ndarray) -> None:
+    """Writes the index of documents with so many tokens, int32, and names both files."""
+    write_index(_incomplete(prefix, 'idx'), lengths, dtype)
+    for suffix in ('bin', 'idx'):
+        path = _incomplete(prefix, suffix)
+        with path.open('rb') as file:
+            os.fsync(file.fileno())
         os.replace(path, f'{prefix}.{suffix}')
