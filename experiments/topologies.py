@@ -29,7 +29,6 @@ from models.llama.architectures import Architecture
 from settings import backend
 from tests import harness
 from tests.end_to_end.program import Program
-from tests.test_train_lib import photographs
 from tests.workloads.llama31_8b import test_task
 
 ONE_CORE = ('taskset', '-c', str(min(os.sched_getaffinity(0))))
@@ -117,7 +116,7 @@ def bottlenecks() -> bool:
 
 def enlarged(first: int, last: int) -> dict[str, Any]:
     """Noise with structure, at 64×64, by position."""
-    batch = photographs(first, last)
+    batch = harness.photographs(first, last)
     return batch | {'image': batch['image'].repeat(2, 1).repeat(2, 2)}
 
 

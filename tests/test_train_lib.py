@@ -22,6 +22,7 @@ from tests.harness import (
     distance,
     is_same,
     model_for,
+    photographs,
     plan_for,
     resolve,
     train,
@@ -36,17 +37,6 @@ def tiny(digits_dir, **overrides):
     """At the recipe's own rate, at which training amplifies any difference within some steps."""
     shape = {'global_batch_size': BATCH, 'micro_batch_size': SPAN, 'bn_span': SPAN, 'seed': 3}
     return resolve('digits', digits_dir, **(shape | overrides))
-
-
-def photographs(first, last):
-    """Noise with structure, at 32×32, by position."""
-    labels = np.arange(first, last) % 10
-    rng = [np.random.default_rng(position) for position in range(first, last)]
-    noise = np.stack([r.integers(0, 128, (32, 32, 3)) for r in rng])
-    return {
-        'image': (noise + 12 * labels[:, None, None, None]).astype(np.uint8),
-        'label': labels.astype(np.int32),
-    }
 
 
 def joined(trained):
