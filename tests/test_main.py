@@ -93,7 +93,10 @@ def test_a_file_that_is_no_configuration_is_rejected(capsys, tmp_path, text, wor
 def test_a_name_of_no_file_is_rejected(capsys, name):
     status, said = checked(capsys, f'--config={name}')
     assert status == 2
-    assert 'no such file; there are configs/cifar10.py, configs/cifar10_small.py, configs/digits' in said
+    assert (
+        'no such file; there are configs/cifar10.py, configs/cifar10_small.py, configs/digits'
+        in said
+    )
 
 
 @pytest.mark.parametrize(

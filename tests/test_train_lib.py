@@ -62,12 +62,13 @@ def test_digits_do_not_depend_on_the_number_of_devices(digits_dir, on_one_device
 
 
 # Every optimizer and dtype; experiments/topologies.py has all pairs on all numbers of devices.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('optimizer', 'dtype', 'devices'),
     [
         ('sgd', 'bfloat16', 2),
-        pytest.param('lars', 'float32', 8, marks=pytest.mark.slow),
-        pytest.param('lars', 'float16', 4, marks=pytest.mark.slow),
+        ('lars', 'float32', 8),
+        ('lars', 'float16', 4),
     ],
 )
 def test_bottlenecks_do_not_depend_on_the_number_of_devices(digits_dir, optimizer, dtype, devices):
@@ -173,9 +174,11 @@ def one_seven(first, last):
 @pytest.mark.parametrize(
     ('task_type', 'devices'),
     [
-        (Broken, 1),
-        (OutOfRange, 2),
-        *(pytest.param(t, d, marks=pytest.mark.slow) for t, d in ((Broken, 2), (OutOfRange, 1))),
+        (Broken, 2),
+        *(
+            pytest.param(task_type, devices, marks=pytest.mark.slow)
+            for task_type, devices in ((Broken, 1), (OutOfRange, 1), (OutOfRange, 2))
+        ),
     ],
 )
 def test_a_gradient_that_cannot_be_added_up_stops_everything(digits_dir, task_type, devices):

@@ -109,10 +109,8 @@ def truncate(file):
 DAMAGES = {'flipped': flip, 'truncated': truncate, 'deleted': lambda file: file.unlink()}
 
 
-@pytest.mark.parametrize(
-    'damage',
-    ['flipped', *(pytest.param(d, marks=pytest.mark.slow) for d in ('truncated', 'deleted'))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('damage', DAMAGES)
 def test_a_damaged_file_costs_one_checkpoint_and_a_line(two_saved, tmp_path, damage, capfd):
     """Each file of the newest in turn. One that nothing depends on may be damaged unnoticed."""
     files = [f for f in (two_saved / '7').rglob('*') if f.is_file() and f.stat().st_size]
@@ -315,10 +313,11 @@ def languages(devices):
     return train_lib.Model(task, optimizer, lambda step: 1e-3, devices), mesh
 
 
-def test_parts_are_saved_and_found_on_another_number_of_devices(tmp_path):
+@pytest.mark.parametrize('numbers', [(8, 2), pytest.param((2, 8, 1, 4), marks=pytest.mark.slow)])
+def test_parts_are_saved_and_found_on_another_number_of_devices(tmp_path, numbers):
     """Each device has its part from the start; the weights are the same for any number."""
     before = 0
-    for devices in (2, 8, 1, 4):
+    for devices in numbers:
         model, mesh = languages(devices)
         found = restoring.find(tmp_path, model, mesh)
         if found.tree is None:

@@ -65,7 +65,7 @@ class Llama:
     def particulars(self, config: LlamaConfig) -> Mapping[str, str]:
         """Whose attention it is."""
         if not can_fuse(jnp.dtype(config.dtype)):
-            return {'attention': "our own; cuDNN's takes half precision and a GPU, Ampere or later"}
+            return {'attention': "our own; cuDNN's needs half precision and a GPU, Ampere or later"}
         backward = ', with its deterministic backward' if config.deterministic else ''
         return {'attention': f"cuDNN's{backward}"}
 

@@ -40,8 +40,13 @@ def elsewhere(request, case):
 def test_logits_are_the_official_ones(case, elsewhere, dtype, golden, close):
     with jax.enable_x64(dtype == 'float64'):
         params, tokens = case.params(dtype), case.tokens(0)[:, :-1]
-        x = network.activations(params, tokens, Layer(case.architecture, jnp.dtype(dtype)))
-        found = np.asarray(network.logits(x, params['head']))
+
+        @jax.jit
+        def logits(params):
+            x = network.activations(params, tokens, Layer(case.architecture, jnp.dtype(dtype)))
+            return network.logits(x, params['head'])
+
+        found = np.asarray(logits(params))
     assert found.dtype == dtype
     expected, positions = case.logits(golden, elsewhere)
     np.testing.assert_allclose(found[:, positions], expected, rtol=0, atol=close)
@@ -165,7 +170,7 @@ def test_losses_do_not_depend_on_how_many_are_computed_at_a_time(small, monkeypa
     for at_a_time in (1, 8, 32):
         monkeypatch.setattr(network, 'TOKENS_AT_A_TIME', at_a_time)
         with jax.enable_x64(True):
-            found.append(gradient(*small, 'float64'))
+            found.append(jax.jit(gradient, static_argnums=2)(*small, 'float64'))
     for each in found[1:]:
         for a, b in zip(jax.tree.leaves(each), jax.tree.leaves(found[0]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
@@ -185,10 +190,16 @@ def test_half_precision_multiplies_nothing_wider_and_nothing_is_scattered(small)
 def test_half_precision_is_of_activations_alone(small):
     params, tokens = small
     params = jax.tree.map(np.float32, params)
-    x = network.activations(params, tokens[:, :-1], Layer(SMALL, jnp.dtype('bfloat16')))
+    half, whole = jnp.dtype('bfloat16'), jnp.dtype('float32')
+
+    @jax.jit
+    def compute(params):
+        x = network.activations(params, tokens[:, :-1], Layer(SMALL, half))
+        found = jax.value_and_grad(loss)(params, tokens, SMALL, half)
+        return x, *found, loss(params, tokens, SMALL, whole)
+
+    x, value, gradient, exact = compute(params)
     assert x.dtype == jnp.bfloat16
-    value, gradient = jax.value_and_grad(loss)(params, tokens, SMALL, jnp.dtype('bfloat16'))
-    exact = loss(params, tokens, SMALL, jnp.dtype('float32'))
     assert value.dtype == jnp.float32
     assert {g.dtype for g in jax.tree.leaves(gradient)} == {np.dtype('float32')}
     np.testing.assert_allclose(value, exact, rtol=0.02)

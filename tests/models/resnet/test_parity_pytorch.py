@@ -260,7 +260,10 @@ def distance_to_kinks(model: str, state: dict, images: np.ndarray) -> float:
 # The first seeds whose draw keeps the distance that the test asserts.
 @pytest.mark.parametrize(
     ('model', 'height', 'width', 'seed'),
-    [(*case, seed) for case, seed in zip(SMALL_IMAGES, (5, 10, 1, 1, 0, 0), strict=True)],
+    [
+        pytest.param(*case, seed, marks=[] if case in SMALL_IMAGES[3:] else pytest.mark.slow)
+        for case, seed in zip(SMALL_IMAGES, (5, 10, 1, 1, 0, 0), strict=True)
+    ],
 )
 def test_fp32_gradients_equal_torchvisions(model, height, width, seed):
     """Every parameter's gradient within 1e-3, where no kink stands in the way."""
@@ -348,20 +351,9 @@ def train_theirs(config, first: dict, micro_batches) -> tuple[list[float], dict]
     return losses, {name: w.detach().numpy() for name, w in parameters}
 
 
-@pytest.mark.parametrize(
-    ('model', 'enlarged', 'optimizer'),
-    [
-        ('resnet_digits', 1, 'lars'),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ('resnet_digits', 1, 'sgd'),
-                ('resnet8_cifar', 2, 'lars'),
-                ('resnet8_cifar', 2, 'sgd'),
-            )
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('optimizer', ['lars', 'sgd'])
+@pytest.mark.parametrize(('model', 'enlarged'), [('resnet_digits', 1), ('resnet8_cifar', 2)])
 def test_trajectories_equal_pytorchs(digits_dir, model, enlarged, optimizer):
     """20 steps on real digits, accumulated over two micro-steps: losses and final weights."""
     config, plan = trajectory_config(digits_dir, model, optimizer)

@@ -39,18 +39,19 @@ def trained(devices, dtype, architecture=SMALL, length=LENGTH, steps=STEPS):
     task = LanguageModelling(architecture, length, dtype)
     optimizer = accumulation.accumulated(transformation, accumulation_steps, BATCH, task.split)
     model = train_lib.Model(task, optimizer, schedule, BATCH)
-    programs = compilation.compile_steps(model, 1, mesh)
+    step_of = compilation.trace_train(model, 1, mesh).lower().compile()
     state = compilation.initial_state(5, model, mesh)
     losses = []
     for step in range(steps):
         batch, micro = batch_of(step, length), []
         for i in range(accumulation_steps):
             part = {n: x[i * devices : (i + 1) * devices] for n, x in batch.items()}
-            state, values = programs.train(state, compilation.split(mesh, part))
+            state, values = step_of(state, compilation.split(mesh, part))
             micro.append(jax.device_get(values))
         losses.append(metrics.measured(micro, BATCH)['loss'])
     assert int(state.step) == steps
-    return fingerprints.shown(programs.fingerprints(train_lib.to_saved(state))), losses
+    mark = compilation.compile_fingerprints(model, mesh)(train_lib.to_saved(state))
+    return fingerprints.shown(mark), losses
 
 
 @pytest.fixture(scope='module', params=['float32', 'bfloat16'])
@@ -58,7 +59,7 @@ def on_one_device(request):
     return request.param, trained(1, request.param)
 
 
-@pytest.mark.parametrize('devices', [2, 4, 8])
+@pytest.mark.parametrize('devices', [*(pytest.param(d, marks=pytest.mark.slow) for d in (2, 4)), 8])
 def test_training_does_not_depend_on_the_number_of_devices(on_one_device, devices):
     dtype, expected = on_one_device
     assert trained(devices, dtype) == expected
