@@ -103,7 +103,7 @@ def strip(runs: Sequence[FinishedRun], verdicts: Iterable[Verdict]) -> list[tupl
         ('precision', first.config.dtype),
         ('code version', first.environment['commit'][:12]),
         ('date', ' to '.join(dict.fromkeys((days[0], days[-1])))),
-        ('official checkers', _mark(all(passed))),
+        ('verdicts', _mark(all(passed))),
     ]  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def speed(run: FinishedRun) -> tuple[str, str]:
 
 def links(run: FinishedRun, folder: Path) -> Markup:
     """Links to a run's log and metrics."""
-    start = urllib.parse.quote(os.path.relpath(run.directory, folder))
+    start = urllib.parse.quote(os.fsencode(os.path.relpath(run.directory, folder)))
     link = '<a href="{}/{}">{}</a>'
     return _all(link, ((start, name, name) for name in ('mlperf.log', 'metrics.jsonl')))
 

@@ -5,6 +5,7 @@ import dataclasses
 import html
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -44,6 +45,8 @@ def test_page_needs_nothing_else(page):
     assert not re.findall(r'(?:src|href)\s*=\s*"(?!#|\d+/)', text)  # Runs' files are in its folder.
     assert not re.findall(r'url\((?!#)|@import', text)
     assert page.stat().st_size < 2**20
+    # Nor do charts have colours of their own, which a dark page would hide.
+    assert not re.findall(r'(?:fill|stroke): *#', text)
 
 
 def test_page_shows_what_the_runs_did(page):
@@ -60,7 +63,7 @@ def test_page_shows_what_the_runs_did(page):
         'epochs to the target 10.50 ± 1.05',
         'throughput 100 images/s',
         'precision float32',
-        'official checkers ✘ no',
+        'verdicts ✘ no',
         'As configs/digits.py, but for: org <b>&"us" ',
     ):
         assert fact in shown, fact
@@ -244,6 +247,13 @@ def test_single_work_directory_has_a_report(tmp_path):
     run = write_run(tmp_path / 'run', config, curve(config, 5))
     assert report.main([str(run), '--out', str(tmp_path / 'one.html')]) == 0
     assert '1 of 1 runs reached' in (tmp_path / 'one.html').read_text()
+
+
+def test_a_folder_whose_name_is_no_utf8_is_linked(tmp_path):
+    config, name = resolve('digits'), os.fsdecode(b'a:\xff')
+    write_run(tmp_path / name, config, curve(config, 5))
+    assert report.main([str(tmp_path)]) == 0
+    assert 'href="a%3A%FF/mlperf.log"' in (tmp_path / 'report.html').read_text()
 
 
 def test_run_with_damaged_metrics_is_left_out_in_words(tmp_path):
