@@ -4,7 +4,7 @@
 # Sets up the environment, checks the code's format and types, and runs the tests, all on the CPU.
 #
 # Usage: scripts/run_tests.sh [--all] [ARGUMENT...]
-#   --all        the slow tests too; without them it takes some 9 minutes on 2 cores the first time
+#   --all        the slow tests too; without them it takes some 10 minutes on 2 cores the first time
 #   ARGUMENT...  for pytest, such as tests/workloads/resnet/test_optimizers.py or -k lars
 #
 # Without ARGUMENT tests run two files at a time, but for those that are marked `alone`.

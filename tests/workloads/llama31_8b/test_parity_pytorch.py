@@ -134,7 +134,6 @@ def theirs(weights):
     return losses, {n: x.numpy() for n, x in model.state_dict().items()}
 
 
-@pytest.mark.slow
 def test_twenty_steps_are_those_of_pytorch():
     with jax.enable_x64(True):
         variables = LanguageModelling(SIZES, LENGTH, 'float64').init(jax.random.key(1))
