@@ -5,12 +5,14 @@ Process 0 alone reports. Metrics are examples and seconds of what was really don
 feeds back into the run.
 """
 
+import contextlib
 import json
 import math
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from run_files.line_file import LineFile
 from settings.plan import Evaluation, Plan
 
 FLUSH_SECONDS = 30
+BUSY_SECONDS = 5
 
 
 def _duration(seconds: float) -> str:
@@ -151,6 +154,23 @@ class Progress:
         if self._file:
             self._end_line()
             print(text, flush=True)
+
+    @contextlib.contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """Says every few seconds what the body is doing and for how long, should it take long."""
+        started, done = time.monotonic(), threading.Event()
+
+        def report() -> None:
+            while not done.wait(BUSY_SECONDS):
+                self.say(f'{doing}: {time.monotonic() - started:.0f} s')
+
+        reporter = threading.Thread(target=report, name=doing, daemon=True)
+        reporter.start()
+        try:
+            yield
+        finally:
+            done.set()
+            reporter.join()
 
     def _end_line(self) -> None:
         """What is printed next starts a line of its own."""

@@ -4,8 +4,10 @@
 Programs are compiled ahead of time, from shapes alone.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -191,11 +193,16 @@ def compile_fingerprints(model: Model, mesh: Mesh) -> jax.stages.Compiled:
     return lifted(of_parts, mesh, (where,)).lower(_placed(mesh, where, saved)).compile()
 
 
-def compile_steps(model: Model, micro_batch_size: int, mesh: Mesh) -> Programs:
-    """Compiles a run's programs for so many examples a device."""
-    return Programs(
-        mesh,
-        trace_train(model, micro_batch_size, mesh).lower().compile(),
-        trace_evaluate(model.task, micro_batch_size, mesh).lower().compile(),
-        compile_fingerprints(model, mesh),
-    )
+def compile_steps(
+    model: Model,
+    micro_batch_size: int,
+    mesh: Mesh,
+    busy: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
+) -> Programs:
+    """Compiles a run's programs for so many examples a device; each while `busy`, with its name."""
+    with busy('compiling the training step'):
+        train = trace_train(model, micro_batch_size, mesh).lower().compile()
+    with busy('compiling the evaluation'):
+        evaluate = trace_evaluate(model.task, micro_batch_size, mesh).lower().compile()
+    with busy('compiling the fingerprint'):
+        return Programs(mesh, train, evaluate, compile_fingerprints(model, mesh))

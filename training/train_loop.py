@@ -54,7 +54,7 @@ def set_up(
         progress.say(line)
     before = time.monotonic()
     progress.say('compiling …')
-    programs = compilation.compile_steps(model, plan.micro_batch_size, mesh)
+    programs = compilation.compile_steps(model, plan.micro_batch_size, mesh, progress.busy)
     progress.say(f'compiled in {time.monotonic() - before:.1f} s')
     assert config.seed is not None
     share = processes.local_share(mesh, plan.micro_step_size)
@@ -71,7 +71,8 @@ def set_up(
         trace=Trace(workdir / 'profile', profile if processes.is_lead() else None, progress.say),
         watchdog=Watchdog(config.stall_seconds),
     )
-    return Run(parts, start.state(found, config, model, mesh))
+    with progress.busy('putting the state on the devices'):
+        return Run(parts, start.state(found, config, model, mesh))
 
 
 def train_and_evaluate(

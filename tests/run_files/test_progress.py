@@ -6,8 +6,10 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import sys
+import time
 
 import pytest
 
@@ -109,6 +111,23 @@ def test_what_follows_the_progress_line_has_a_line_of_its_own(tmp_path, capsys, 
         assert capsys.readouterr().out.startswith('\r\x1b[K')
     shown.close()
     assert capsys.readouterr().out == ''
+
+
+def test_what_takes_long_is_said_every_few_seconds_and_no_more_after_it(
+    tmp_path, capsys, monkeypatch
+):
+    shown = progress.Progress(tmp_path, DIGITS, 0)
+    with shown.busy('what is quick'):
+        pass
+    monkeypatch.setattr(progress, 'BUSY_SECONDS', 0.05)
+    with pytest.raises(ValueError), shown.busy('what takes long'):  # noqa: PT012
+        time.sleep(0.5)
+        raise ValueError
+    assert set(re.sub('[0-9.]+ s', 'N s', capsys.readouterr().out).splitlines()) == {
+        'what takes long: N s'
+    }
+    time.sleep(0.2)
+    assert not capsys.readouterr().out
 
 
 def test_an_evaluation_fits_the_screen_and_records_the_fingerprint(tmp_path, capsys):

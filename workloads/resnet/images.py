@@ -98,11 +98,15 @@ class Images:
         images = np.zeros((size, self._size, self._size, 3), np.uint8)
         labels = np.full(size, PADDING_LABEL, np.int32)
 
-        def fill(i: int) -> None:
-            images[i], labels[i] = read(i)
+        def fill(first: int, step: int) -> None:
+            for i in range(first, count, step):
+                images[i], labels[i] = read(i)
 
-        in_turn_or_in_threads = _decoders(self._threads).map if self._threads else map
-        list(in_turn_or_in_threads(fill, range(count)))
+        if self._threads:  # Each takes every n-th example: a task for each would cost 4 % more.
+            tasks = functools.partial(fill, step=self._threads)
+            list(_decoders(self._threads).map(tasks, range(self._threads)))
+        else:
+            fill(0, 1)
         return {'image': images, 'label': labels}
 
     @contextlib.contextmanager
