@@ -10,6 +10,7 @@
 #                 finished); the same command resumes a run that was interrupted
 #   --gpus=N      N processes with one GPU each (default: all GPUs that CUDA_VISIBLE_DEVICES or the driver names)
 #   --cpus=N      N processes on the CPU
+#   --version     prints the version, and does nothing else
 #   --config.NAME=VALUE  overrides a field of the configuration; python main.py --help lists them
 #
 # Sets up the environment first, and prepares the digits and the speeches; other data sets are prepared by
@@ -29,6 +30,7 @@ choose() {
 for argument in "$@"; do
     case "$argument" in
         -h | --help) print_help; exit ;;
+        --version) sed -n 's/^version: //p' "$ROOT/CITATION.cff"; exit ;;
         --workdir=*) workdir="${argument#*=}" ;;
         --gpus=* | --cpus=*)
             [[ "${argument#*=}" =~ ^[1-9][0-9]{0,3}$ ]] || die "$argument: give the number of processes, from 1"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Sets up the environment, checks the code's format and types, and runs the tests, all on the CPU.
+# Sets up the environment, checks the code's format, types and spelling, and runs the tests, all on the CPU.
 #
 # Usage: scripts/run_tests.sh [--all] [ARGUMENT...]
 #   --all        the slow tests too; without them it takes some 10 minutes on 2 cores the first time
@@ -34,6 +34,7 @@ check ruff format --check --quiet .
 check mypy --no-error-summary
 check shellcheck -x scripts/*.sh scripts/dev/*.sh experiments/*.sh speed/*.sh .ci/run
 check hadolint Dockerfile
+check codespell
 [[ ${#failed[@]} == 0 ]] || die "rejected by ${failed[*]}, see above; ruff check --fix and ruff format fix what they can"
 
 selection='not slow'

@@ -24,6 +24,7 @@ from speed.contestants import Contestant, machine
 LABELS = {
     'raw': '(a) raw decode + crop + resize, all cores, no framework',
     'ours': '(b) this pipeline, from records to uint8 batches',
+    'split': '(b′) the same, in a process per core',
     'tfdata': '(c) tf.data, official recipe, float32 batches',
     'torch': '(d) PyTorch DataLoader with Pillow, uint8 batches',
 }
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=128)
     parser.add_argument('--size', type=int, default=224)
     flags = parser.parse_args()
-    pythons = dict.fromkeys(('raw', 'ours'), sys.executable)
+    pythons = dict.fromkeys(('raw', 'ours', 'split'), sys.executable)
     if flags.peers:
         pythons |= dict.fromkeys(('tfdata', 'torch'), f'{flags.peers}/bin/python')
     with tempfile.TemporaryDirectory() as folder:

@@ -9,11 +9,13 @@ All train on the same JPEGs with the same crop parameters: `FOLDER/jpegs/*`, whi
 as records. NAME is one of:
 
     raw     decode + crop + resize in one thread per core, no framework, from memory: the ceiling
-    ours    this repository's pipeline, from ArrayRecord to uint8 batches
+    ours    this repository's pipeline, from ArrayRecord to uint8 batches, in threads
+    split   the same in one process per core
     tfdata  the official recipe: fused decode-and-crop, old-grid bilinear resize, float32 batches
     torch   a DataLoader with one process per core, Pillow, from files, uint8 batches
 """
 
+import functools
 import itertools
 import os
 import sys
@@ -27,7 +29,7 @@ import numpy as np
 from speed.contestants import Commands, serve
 
 CORES = len(os.sched_getaffinity(0))
-READY_AT_MOST = 2 * CORES + 2  # batches that a contestant may hold: PyTorch two a process
+READY_AT_MOST = 4 * CORES + 4  # batches that a contestant may hold; `split` four a process
 
 
 def jpegs(folder: Path) -> list[bytes]:
@@ -56,8 +58,8 @@ def raw(folder: Path, size: int, batch: int) -> Iterator[object]:
             yield list(current)
 
 
-def ours(folder: Path, size: int, batch: int) -> Iterator[object]:
-    """This pipeline."""
+def ours(folder: Path, size: int, batch: int, processes: int = 0) -> Iterator[object]:
+    """This pipeline, in threads or in so many processes."""
     from input_pipeline import Pipeline, Share
     from workloads.resnet.images import Images
     from workloads.resnet.records import Records, find_dataset
@@ -69,9 +71,10 @@ def ours(folder: Path, size: int, batch: int) -> Iterator[object]:
         image_size=size,
         augmentation='crop_resize',
         cache_gib=0,
-        threads=CORES,
+        threads=1 if processes else CORES,
     )
-    pipeline = Pipeline(images, images, seed=1, share=Share(0, batch, batch), processes=0)
+    share = Share(0, batch, batch)
+    pipeline = Pipeline(images, images, seed=1, share=share, processes=processes)
     yield from pipeline.train(0, 1 << 30)
 
 
@@ -157,7 +160,8 @@ def cpu_seconds() -> float:
 
 def contestant(name: str, folder: Path, size: int, batch: int) -> tuple[dict, Commands]:
     """Its facts, none, and commands; what it had ready is used up first, untimed."""
-    makers = {'raw': raw, 'ours': ours, 'tfdata': tfdata, 'torch': torch}
+    split = functools.partial(ours, processes=CORES)
+    makers = {'raw': raw, 'ours': ours, 'split': split, 'tfdata': tfdata, 'torch': torch}
     batches = makers[name](folder, size, batch)
 
     def take(count: int) -> None:

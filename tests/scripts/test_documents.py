@@ -43,6 +43,16 @@ def test_links_lead_somewhere(document):
             assert (document.parent / target).exists(), target
 
 
+def test_the_newest_entry_of_the_changelog_is_of_this_version():
+    said = subprocess.run(
+        [ROOT / 'scripts' / 'run_and_time.sh', '--version'], stdout=subprocess.PIPE, text=True
+    ).stdout
+    cited = (ROOT / 'CITATION.cff').read_text()
+    date = re.search("^date-released: '(.*)'$", cited, re.M)[1]
+    changes = (ROOT / 'CHANGELOG.md').read_text()
+    assert re.search('^## (.*)$', changes, re.M)[1] == f'{said.strip()} ({date})'
+
+
 def rejected(commands, judge) -> list[str]:
     """Those that their own parsers, or the configuration they name, do not take."""
     said = []
