@@ -21,18 +21,18 @@ def get_config() -> ConfigDict:
     config.image_size = 8
     config.augmentation = 'pad_crop'
 
-    config.global_batch_size = 128
-    config.micro_batch_size = 16
-    config.bn_span = 16
+    config.global_batch_size = 256
+    config.micro_batch_size = 32
+    config.bn_span = 32
     config.optimizer = 'lars'
-    config.learning_rate = 8.0
-    config.warmup_epochs = 1
-    config.decay_steps = 212  # With the warm-up, 20 epochs.
+    config.learning_rate = 5.0
+    config.warmup_epochs = 5
+    config.decay_steps = 195  # With the warm-up, 40 epochs.
     config.weight_decay = 0.0002
     config.label_smoothing = 0.1
 
     config.eval_every_epochs = 1
     config.eval_offset_epochs = 0
-    config.max_epochs = 20
+    config.max_epochs = 40
     config.target_top1 = 0.98
     return config

@@ -23,6 +23,16 @@ from tests.end_to_end.program import Program
 from workloads import by_name
 
 TABLE = Path(__file__).parent / 'fingerprints.json'
+# Not the committed one, so that what is known outlives its changes.
+RECIPE: Mapping[str, Any] = {
+    'global_batch_size': 128,
+    'micro_batch_size': 16,
+    'bn_span': 16,
+    'learning_rate': 8.0,
+    'warmup_epochs': 1,
+    'decay_steps': 212,
+    'max_epochs': 1,
+}
 CASES: Mapping[str, Mapping[str, Any]] = {
     'float32': {'optimizer': 'lars'},
     'bfloat16': {'optimizer': 'sgd', 'learning_rate': 0.1},
@@ -37,7 +47,7 @@ def found(dtype: str, data_dir: Path) -> dict[str, Any]:
       RuntimeError: when the run fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        fields = {'seed': 20261123, 'max_epochs': 1, 'dtype': dtype, **CASES[dtype]}
+        fields = {'seed': 20261123, 'dtype': dtype, **RECIPE, **CASES[dtype]}
         run = Program(Path(folder) / dtype, data_dir, **fields)
         if run.run(devices=8) not in (0, 1):
             raise RuntimeError(run.said())

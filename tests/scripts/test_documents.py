@@ -37,6 +37,12 @@ def test_nothing_is_left_to_be_filled_in(document):
 
 
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_prose_is_at_most_120_columns_wide(document):
+    prose = re.sub(r'```.*?```', '', document.read_text(), flags=re.S)
+    assert not re.findall(r'^(?!\||!\[)(?:.{121,})$', prose, re.M)
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
     for target in re.findall(r'\]\(([^)#\s]+)[^)]*\)', document.read_text()):
         if not target.startswith('http'):
