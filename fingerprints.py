@@ -119,10 +119,11 @@ def of(
         dimension = split.get(name)
         if dimension is None:
             rows.append(-(-x.size // _ROW))
-            fill = (0, rows[-1] * _ROW - x.size)
-            bits.append(jnp.pad(_bits(x).ravel().astype(np.uint32), fill))
-            place = jnp.arange(x.size, dtype=np.uint64) + first
-            places.append(jnp.pad(place, fill, constant_values=_NOWHERE))
+            fill = [(0, rows[-1] * _ROW - x.size, 0)]  # lax's own, for jnp.pad takes long to trace.
+            words = lax.reshape(_bits(x), (x.size,)).astype(np.uint32)
+            bits.append(lax.pad(words, np.uint32(0), fill))
+            place = lax.iota(np.uint64, x.size) + first
+            places.append(lax.pad(place, _NOWHERE, fill))
             found.append(None)
         else:
             of_part = _fingerprint_of_part(x, shapes[name], dimension, index, first)

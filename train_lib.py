@@ -150,9 +150,9 @@ class TrainState:
         return self.opt_state.gradient_step
 
 
-def init_key(seed: int) -> jax.Array:
-    """The key that a run's weights are drawn from; all 63 bits of the seed count."""
-    return jax.random.fold_in(jax.random.key(seed >> 32), seed & 0xFFFFFFFF)
+def init_key(high: Any, low: Any) -> jax.Array:
+    """The key that a run's weights are drawn from: of all bits of its seed, high·2³² + low."""
+    return jax.random.fold_in(jax.random.key(high), low)
 
 
 def create_train_state(key: jax.Array, model: Model) -> TrainState:
@@ -166,6 +166,7 @@ def create_train_state(key: jax.Array, model: Model) -> TrainState:
     )
 
 
+@functools.lru_cache(maxsize=4)  # Tracing a network takes a tenth of a second and more.
 def abstract_state(model: Model) -> TrainState:
     """The state as shapes and dtypes."""
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -23,15 +23,16 @@ from tests.end_to_end.program import Program
 from workloads import by_name
 
 TABLE = Path(__file__).parent / 'fingerprints.json'
-# Not the committed one, so that what is known outlives its changes.
+# Not the one of configs/digits.py, so that what was found with it outlives that one's changes. It
+# reaches the target earlier, and at less even times.
 RECIPE: Mapping[str, Any] = {
     'global_batch_size': 128,
     'micro_batch_size': 16,
     'bn_span': 16,
     'learning_rate': 8.0,
-    'warmup_epochs': 1,
+    'warmup_epochs': 1.0,
     'decay_steps': 212,
-    'max_epochs': 1,
+    'max_epochs': 20,
 }
 CASES: Mapping[str, Mapping[str, Any]] = {
     'float32': {'optimizer': 'lars'},
@@ -47,7 +48,7 @@ def found(dtype: str, data_dir: Path) -> dict[str, Any]:
       RuntimeError: when the run fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        fields = {'seed': 20261123, 'dtype': dtype, **RECIPE, **CASES[dtype]}
+        fields = {**RECIPE, 'seed': 20261123, 'max_epochs': 1, 'dtype': dtype, **CASES[dtype]}
         run = Program(Path(folder) / dtype, data_dir, **fields)
         if run.run(devices=8) not in (0, 1):
             raise RuntimeError(run.said())

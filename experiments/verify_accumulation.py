@@ -3,12 +3,13 @@
 
     verify_accumulation.py --data_dir=DIR [--seeds=10] [--out=docs]
 
-Trains the digits (B = 128) to their target, with the batch split over D devices and k accumulation
-steps in several ways, from the same seeds, in three implementations: this one; the same with sums
-in floating point; and the usual one, in which also BatchNorm normalises whatever a device holds at
-a time, and its running statistics move at every micro-step. Writes accumulation.json and .png, and
-the table into accumulation.md, between two comments. Exit status: 0 if in this implementation all
-splits of every seed have the same fingerprint at every evaluation, else 1.
+Trains the digits (B = 128, the recipe of known_fingerprints.py) to their target, with the batch
+split over D devices and k accumulation steps in several ways, from the same seeds, in three
+implementations: this one; the same with sums in floating point; and the usual one, in which also
+BatchNorm normalises whatever a device holds at a time, and its running statistics move at every
+micro-step. Writes accumulation.json and .png, and the table into accumulation.md, between two
+comments. Exit status: 0 if in this implementation all splits of every seed have the same
+fingerprint at every evaluation, else 1.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from jax.sharding import Mesh
 
 import fingerprints
 import train_lib
+from experiments.known_fingerprints import RECIPE
 from experiments.plain_step import Plain, plain_step
 from settings import backend
 from tests import harness
@@ -35,7 +37,7 @@ from workloads.resnet import optimizers
 from workloads.resnet.records import find_dataset
 from workloads.resnet.workload import WORKLOAD
 
-BATCH, SPAN, DRAWN_STEPS = 128, 16, 60
+BATCH, SPAN, DRAWN_STEPS = RECIPE['global_batch_size'], RECIPE['bn_span'], 60
 
 
 class Way(NamedTuple):
@@ -64,7 +66,8 @@ class Experiment:
     def __init__(self, way: Way, data_dir: str):
         self.way, self.mesh = way, Mesh(jax.devices()[: way.devices], (train_lib.AXIS,))
         span = way.examples if way.implementation == 'the usual one' else SPAN
-        config = harness.resolve('digits', data_dir, micro_batch_size=way.examples, bn_span=span)
+        fields = {**RECIPE, 'micro_batch_size': way.examples, 'bn_span': span}
+        config = harness.resolve('digits', data_dir, **fields)
         self.config, self.dataset = config, find_dataset(config.dataset, data_dir)
         self.plan = plan_of(WORKLOAD, config, self.dataset, way.devices)
         self.model = model_of(WORKLOAD, config, self.plan, self.dataset)

@@ -20,7 +20,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -160,8 +160,13 @@ def cpu_seconds() -> float:
 
 def contestant(name: str, folder: Path, size: int, batch: int) -> tuple[dict, Commands]:
     """Its facts, none, and commands; what it had ready is used up first, untimed."""
-    split = functools.partial(ours, processes=CORES)
-    makers = {'raw': raw, 'ours': ours, 'split': split, 'tfdata': tfdata, 'torch': torch}
+    makers: dict[str, Callable[[Path, int, int], Iterator[object]]] = {
+        'raw': raw,
+        'ours': ours,
+        'split': functools.partial(ours, processes=CORES),
+        'tfdata': tfdata,
+        'torch': torch,
+    }
     batches = makers[name](folder, size, batch)
 
     def take(count: int) -> None:

@@ -35,7 +35,7 @@ def metrics(workdir):
 def test_a_run_that_is_killed_resumes_and_ends_as_if_it_had_not_been(program, reached):
     """By the same command, up to its target: the same weights, and a log that is accepted."""
     killed = program(**EASY).start()
-    killed.until_said('step 20/')  # After an evaluation and a checkpoint.
+    killed.until_said('step 10/')  # After an evaluation and a checkpoint.
     killed.process.kill()
     killed.wait()
     assert killed.steps()

@@ -49,7 +49,7 @@ def test_point_says_what_was_run(runs):
     (name, point), *others = json.loads((runs / 'rcps.json').read_text()).items()
     assert not others
     config = resolve('digits')
-    assert name == 'resnet_ref_128'
+    assert name == 'resnet_ref_256'
     assert point['Benchmark'] == 'resnet'
     assert point['Creator'] == 'us'
     assert 'desk' in point['Platform']
@@ -67,7 +67,7 @@ def test_point_says_what_was_run(runs):
 def test_statistics_are_the_official_ones(runs):
     """Fastest and slowest are dropped from the mean alone."""
     assert make_rcps.main([str(runs)]) == 0
-    point = json.loads((runs / 'rcps.json').read_text())['resnet_ref_128']
+    point = json.loads((runs / 'rcps.json').read_text())['resnet_ref_256']
     middle = sorted(EPOCHS)[1:-1]
     assert point['RCP Mean'] == pytest.approx(sum(middle) / len(middle))
     mean = sum(EPOCHS) / len(EPOCHS)
@@ -131,4 +131,4 @@ def test_two_batches_make_one_file(tmp_path, runs):
     others = write_runs(tmp_path / 'others', config, [e - 1 for e in EPOCHS])
     assert make_rcps.main([str(runs), str(others), '--out', str(tmp_path / 'both.json')]) == 0
     points = json.loads((tmp_path / 'both.json').read_text())
-    assert {point['BS'] for point in points.values()} == {64, 128}
+    assert {point['BS'] for point in points.values()} == {64, 256}

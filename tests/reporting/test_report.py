@@ -55,7 +55,7 @@ def test_page_shows_what_the_runs_did(page):
     assert 'after 10.50 epochs on average (sample standard deviation 1.05, 9 to 12)' in text
     for run in run_sets.survey(page.parent)[0]:
         assert f'{run.directory.name}  {run.config.seed}  ' in text
-    assert re.search('007 +[0-9]+ +MISSED +20', text)
+    assert re.search('007 +[0-9]+ +MISSED +40', text)
     assert 'target 0.98' in text
     shown = re.sub(r'\s+', ' ', text)
     for fact in (
