@@ -94,6 +94,7 @@ def draw(runs: Sequence[FinishedRun], official: Sequence[int]) -> dict[str, Char
 def _figure(x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, HEIGHT), layout='constrained')
     axes = figure.add_subplot(xlabel=x, ylabel=y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, axes
 
 
