@@ -46,7 +46,14 @@ def undisturbed(runs_dir, digits_dir):
     return run
 
 
-THREE_EPOCHS = GENTLE | {'max_epochs': 3, 'checkpoint_every_steps': 15, 'log_every_steps': 5}
+THREE_EPOCHS = GENTLE | {
+    'global_batch_size': 128,
+    'micro_batch_size': 16,
+    'bn_span': 16,
+    'max_epochs': 3,
+    'checkpoint_every_steps': 15,
+    'log_every_steps': 5,
+}
 
 
 @pytest.fixture(scope='session')

@@ -29,7 +29,7 @@ def newest(run) -> Path:
 def test_evaluation_repeats_what_the_run_reported(reached, digits_dir, tmp_path):
     """Of the run's checkpoint, and of the same weights after a journey through PyTorch's form.
 
-    On three devices too, among which the training batch of 128 cannot be shared out.
+    On three devices too, among which the training batch of 256 cannot be shared out.
     """
     reported = reached.evaluated()[-1]
     run('scripts/convert_checkpoint.py', 'to-pytorch', newest(reached), tmp_path / 'w.safetensors')

@@ -44,7 +44,7 @@ def test_processes_are_given_the_bytes_of_the_whole_batch(digits_dir, tmp_path):
         )
         lines = [line.partition('] ')[2] for line in done.stdout.splitlines()]
         given.append(sorted(line for line in lines if line.startswith('example ')))
-    assert len(given[0]) == 3 * 128
+    assert len(given[0]) == 3 * 256
     assert given[0] == given[1]
 
 

@@ -31,7 +31,7 @@ def plan(num_train, num_eval, batch, last: Evaluation):
     return Plan(course, num_train, num_eval, batch, batch, num_devices=1)
 
 
-DIGITS = plan(1437, 360, 128, Evaluation(225, 20, {}, {}, {}))
+DIGITS = plan(1437, 360, 256, Evaluation(225, 40, {}, {}, {}))
 IMAGENET = plan(1281167, 50000, 4096, Evaluation(28151, 90, {}, {}, {}))
 FIRST = Evaluation(1, 1, {}, {}, {})
 TRAINING = {'loss': 6.90776, 'learning_rate': 10.0, 'throughput': 123456.0, 'seconds': 3.0}

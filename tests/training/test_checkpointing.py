@@ -265,7 +265,7 @@ def test_another_models_checkpoint_is_rejected(two_saved):
 def test_it_does_not_depend_on_devices_and_accumulation():
     described = [
         train_lib.to_saved(template(devices=devices, micro_batch_size=size))
-        for devices, size in ((1, 128), (1, 16), (8, 16))
+        for devices, size in ((1, 256), (1, 32), (8, 32))
     ]
     assert described[0] == described[1] == described[2]
 

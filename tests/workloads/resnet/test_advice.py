@@ -35,17 +35,17 @@ def test_a_batch_without_a_reference_point_names_those_that_have_one():
 
 
 def test_elsewhere_the_steps_that_keep_the_epochs_are_named():
-    (text,) = warnings('digits', global_batch_size=256, learning_rate=10)
-    assert text.startswith('decay_steps=212 is meant for global_batch_size=128')
-    assert text.endswith('106 steps')
+    (text,) = warnings('digits', global_batch_size=128, learning_rate=10)
+    assert text.startswith('decay_steps=195 is meant for global_batch_size=256')
+    assert text.endswith('390 steps')
 
 
 @pytest.mark.parametrize(
     'overrides',
     [
         {},
-        {'global_batch_size': 128},
-        {'global_batch_size': 256, 'learning_rate': 9, 'decay_steps': 9},
+        {'global_batch_size': 256},
+        {'global_batch_size': 128, 'learning_rate': 9, 'decay_steps': 9},
     ],
 )
 def test_what_fits_is_not_warned_of(overrides):
