@@ -17,7 +17,7 @@ PYTHON = sorted((ROOT / 'scripts').glob('*.py'))
 
 
 # Documents and data; LICENSE at the root speaks for these.
-WITHOUT_COMMENT = {'.md', '.html', '.json', '.npz', '.png', '.svg'}
+WITHOUT_COMMENT = {'.md', '.html', '.json', '.npz', '.png', '.svg', '.xz'}
 
 
 def test_every_file_that_can_carry_a_comment_names_the_licence():
