@@ -166,11 +166,17 @@ def create_train_state(key: jax.Array, model: Model) -> TrainState:
     )
 
 
-@functools.lru_cache(maxsize=4)  # Tracing a network takes a tenth of a second and more.
+@functools.partial(jax.jit, static_argnames='model')
+def _created(key: jax.Array, *, model: Model) -> TrainState:
+    """`create_train_state`, traced once for a model."""
+    return create_train_state(key, model)
+
+
 def abstract_state(model: Model) -> TrainState:
     """The state as shapes and dtypes."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(functools.partial(create_train_state, model=model), key)
+    shapes: TrainState = _created.eval_shape(key, model=model)
+    return shapes
 
 
 def to_saved(state: TrainState) -> dict[str, Any]:

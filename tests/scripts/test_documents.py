@@ -44,9 +44,11 @@ def test_prose_is_at_most_120_columns_wide(document):
 
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
-    for target in re.findall(r'\]\(([^)#\s]+)[^)]*\)', document.read_text()):
+    for target, anchor in re.findall(r'\]\(([^)#\s]*)#?([^)\s]*)\)', document.read_text()):
         if not target.startswith('http'):
-            assert (document.parent / target).exists(), target
+            there = document.parent / target if target else document
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), f'{target}#{anchor}'
 
 
 def test_the_newest_entry_of_the_changelog_is_of_this_version():
@@ -57,6 +59,13 @@ def test_the_newest_entry_of_the_changelog_is_of_this_version():
     date = re.search("^date-released: '(.*)'$", cited, re.M)[1]
     changes = (ROOT / 'CHANGELOG.md').read_text()
     assert re.search('^## (.*)$', changes, re.M)[1] == f'{said.strip()} ({date})'
+
+
+def anchors(document) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    prose = re.sub(r'```.*?```', '', document.read_text(), flags=re.S)
+    headings = re.findall(r'^#+ (.*)$', prose, re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
 def rejected(commands, judge) -> list[str]:
