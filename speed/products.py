@@ -3,12 +3,13 @@
 
     python speed/products.py [--batch 8] [--image_size 224]
 
-Each is timed by itself. A training step that computes one after another is not faster than their sum.
+Each is timed by itself. A step that computes one after another is not faster than their sum.
 """
 
 import argparse
 import collections
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ REPEATS = 3
 
 def seconds(equation: JaxprEqn) -> float:
     """The least of several calls on ones."""
-    inputs = [jnp.ones(x.aval.shape, x.aval.dtype) for x in equation.invars]
+    shapes: list[Any] = [x.aval for x in equation.invars]
+    inputs = [jnp.ones(x.shape, x.dtype) for x in shapes]
     program = jax.jit(lambda *x: equation.primitive.bind(*x, **equation.params))
     program(*inputs).block_until_ready()
     taken = []
@@ -34,6 +36,7 @@ def seconds(equation: JaxprEqn) -> float:
 
 
 def main() -> None:
+    """The program."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--image_size', type=int, default=224)
@@ -49,13 +52,13 @@ def main() -> None:
 
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     program = jax.make_jaxpr(jax.grad(loss))(variables['params'], variables['batch_stats'])
-    total = collections.Counter[str]()
+    total = collections.defaultdict[str, float](float)
     for equation in program.jaxpr.eqns:
         if equation.primitive.name in ('conv_general_dilated', 'dot_general'):
             total[equation.primitive.name] += seconds(equation)
     for name, taken in total.items():
         print(f'{name}: {taken:.2f} s')
-    print(f'{args.batch / total.total():.1f} images/s, if the rest took no time')
+    print(f'{args.batch / sum(total.values()):.1f} images/s, if the rest took no time')
 
 
 if __name__ == '__main__':
