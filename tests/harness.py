@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,17 +28,23 @@ from workloads.resnet.workload import WORKLOAD
 class TinyBottleneck(ImageClassification):
     """The task with a ResNet-50 in miniature: large stem, max-pool, bottlenecks, projections."""
 
+    shape: Mapping[str, Any] = {'stage_sizes': (1, 2), 'bottleneck': True, 'large_stem': True}
+
     @property
     def model(self):
         return ResNet(
-            stage_sizes=(1, 2),
-            bottleneck=True,
+            **self.shape,
             width=8,
             num_classes=self.num_classes,
             bn_span=self.config.bn_span,
-            large_stem=True,
             dtype=jax.numpy.dtype(self.config.dtype),
         )
+
+
+class OneBlock(TinyBottleneck):
+    """The task with the smallest ResNet, for what any network shows: it compiles fastest."""
+
+    shape: Mapping[str, Any] = {'stage_sizes': (1,), 'bottleneck': False, 'large_stem': False}
 
 
 @dataclasses.dataclass
