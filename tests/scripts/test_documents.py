@@ -13,7 +13,6 @@ import pytest
 
 from tests import documented_commands, structure
 from tests.documented_commands import Rejected
-from tests.end_to_end.program import environment, share_programs
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), *ROOT.glob('tests/**/*.md')])
@@ -25,10 +24,6 @@ PROGRAMS = sorted(
     for path in ROOT.glob(f'{folder}*.{suffix}')
     if re.search(r'^# Usage: |ArgumentParser\(|command_line\.parse\(', path.read_text(), re.M)
 )
-
-
-def blocks(document):
-    return re.findall(r'```sh\n(.*?)```', document.read_text(), re.S)
 
 
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -195,25 +190,3 @@ def test_commands_marked_in_the_requirements_work():
     for command in marked:
         words = [sys.executable if word == 'python' else word for word in shlex.split(command)]
         subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
-
-
-@pytest.mark.slow
-def test_the_readmes_commands_work(tmp_path, own_environment):
-    """The commands of its blocks, to the letter, but for where they write."""
-    variables = environment(**own_environment)
-    share_programs(tmp_path)
-    ran = 0
-    for block in blocks(ROOT / 'README.md'):
-        for line in block.splitlines():
-            command = line.split(' #')[0].strip()
-            if command.startswith('scripts/run_tests.sh'):
-                continue  # This is it.
-            if 'run_and_time.sh' in command:
-                command += f' --workdir={tmp_path / str(ran)}'
-            done = subprocess.run(
-                command, shell=True, cwd=ROOT, env=variables, capture_output=True, text=True,
-                check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'
-            ran += 1
-    assert ran >= 4

@@ -152,7 +152,8 @@ def test_batch_norm_reads_activations_twice_forward_and_twice_backward():
     assert len(whole) == 1 + 2 + 2
 
 
-@pytest.mark.parametrize('micro_batch', [BATCH, pytest.param(SPAN, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('micro_batch', [BATCH, SPAN])
 def test_the_state_is_updated_in_place(micro_batch):
     model, *_ = step = parts(micro_batch_size=micro_batch)
     state = jax.tree.leaves(train_lib.abstract_state(model))

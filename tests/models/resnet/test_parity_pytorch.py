@@ -351,18 +351,14 @@ def train_theirs(config, first: dict, micro_batches) -> tuple[list[float], dict]
     return losses, {name: w.detach().numpy() for name, w in parameters}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('model', 'enlarged', 'optimizer'),
     [
         ('resnet_digits', 1, 'lars'),
-        *(
-            pytest.param(model, enlarged, optimizer, marks=pytest.mark.slow)
-            for model, enlarged, optimizer in (
-                ('resnet_digits', 1, 'sgd'),
-                ('resnet8_cifar', 2, 'lars'),
-                ('resnet8_cifar', 2, 'sgd'),
-            )
-        ),
+        ('resnet_digits', 1, 'sgd'),
+        ('resnet8_cifar', 2, 'lars'),
+        ('resnet8_cifar', 2, 'sgd'),
     ],
 )
 def test_trajectories_equal_pytorchs(digits_dir, model, enlarged, optimizer):

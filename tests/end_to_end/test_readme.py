@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's commands, as a user runs them."""
+
+import re
+import subprocess
+
+import pytest
+
+from tests.end_to_end.program import ROOT, environment, share_programs
+
+
+@pytest.mark.slow
+def test_the_commands_work(tmp_path, own_environment):
+    """To the letter, but for where they write."""
+    variables = environment(**own_environment)
+    del variables['JAX_NUM_CPU_DEVICES']  # Users have as many as the program chooses.
+    share_programs(tmp_path)
+    ran = 0
+    for block in re.findall(r'```sh\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL):
+        for line in block.splitlines():
+            command = line.split(' #')[0].strip()
+            if command.startswith('scripts/run_tests.sh'):
+                continue  # This is it.
+            if 'run_and_time.sh' in command:
+                command += f' --workdir={tmp_path / str(ran)}'
+            done = subprocess.run(
+                command, shell=True, cwd=ROOT, env=variables, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'
+            ran += 1
+    assert ran >= 4
