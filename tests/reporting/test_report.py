@@ -271,7 +271,16 @@ def test_folder_without_runs_is_rejected(tmp_path, capsys):
     assert 'there are no runs' in capsys.readouterr().err
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason='there is no Chromium')
+def chromium(folder, *arguments):
+    if CHROMIUM is None:
+        pytest.skip('there is no Chromium')
+    return subprocess.run(
+        [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=10000',
+         f'--user-data-dir={folder / "profile"}', *arguments],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
 def test_page_fits_a_phone(page, tmp_path):
     """In a frame of 360 pixels nothing sticks out, and the text in the charts is legible."""
     frame = f'<iframe width=360 height=800 srcdoc="{html.escape(page.read_text())}"></iframe>'
@@ -284,17 +293,21 @@ def test_page_fits_a_phone(page, tmp_path):
         Math.min(...texts.map(text => text.getBoundingClientRect().height))]);
     }</script>"""
     (tmp_path / 'frame.html').write_text(f'<!DOCTYPE html>{frame}{probe}')
-    done = subprocess.run(
-        [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=10000',
-         f'--user-data-dir={tmp_path / "profile"}', '--dump-dom', f'file://{tmp_path}/frame.html'],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = chromium(tmp_path, '--dump-dom', f'file://{tmp_path}/frame.html')
     found = re.search(r'<pre id="out">\[([\d.]+),([\d.]+),([\d.]+)\]</pre>', done.stdout)
     assert found, done.stderr[-1000:]
     width, count, smallest = map(float, found.groups())
     assert width <= 360
     assert count == len(CHARTS)
     assert smallest >= 8
+
+
+def test_page_is_printed_on_few_sheets(page, tmp_path):
+    """Strip and charts fill one and a half; a row of the runs is a line."""
+    printed = tmp_path / 'page.pdf'
+    done = chromium(tmp_path, f'--print-to-pdf={printed}', f'file://{page}')
+    assert printed.exists(), done.stderr[-1000:]
+    assert 1 <= len(re.findall(rb'/Type\s*/Page\b', printed.read_bytes())) <= 2
 
 
 def test_readme_has_the_table_of_hyperparameters():
