@@ -25,7 +25,7 @@
 ARG BASE=python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
 FROM $BASE
 
-LABEL org.opencontainers.image.title="ResNet-50 in JAX, an MLPerf Training reference" \
+LABEL org.opencontainers.image.title="MLPerf Training reference implementations in JAX" \
       org.opencontainers.image.licenses="Apache-2.0"
 
 RUN useradd --create-home --uid 1000 mlperf

@@ -6,7 +6,7 @@
     main.py --config=configs/digits.py --mode=check [--config.NAME=VALUE …]
 
 The second evaluates a checkpoint over the whole set, prints its quality, and writes nothing.
-The third only judges the arguments and the configuration. The same command resumes a run that was
+The third only checks the arguments and the configuration. The same command resumes a run that was
 interrupted. Exit status: 0 the target was reached, 1 it was missed, 2 the run was rejected before
 it began, 3 it failed, 75 it was interrupted and saved. Before there is anything to save a signal
 just ends the program; a run that hangs ends itself by SIGALRM, and one of several processes that

@@ -4,7 +4,7 @@
     known_fingerprints.py [--record] [--data_dir=DIR]
 
 One run for every dtype, with both optimizers among them. Whether kernels round alike depends on the
-versions of JAX, the model of the processor or GPU and its caches, so a fingerprint is known for
+versions of JAX, the model of the processor and its caches, so a fingerprint is known for
 these: experiments/fingerprints.json. On a machine that is not there yet, --record adds what was
 found. Exit status: 0 all that are known agree, 1 one does not.
 """

@@ -6,9 +6,9 @@
 
 CHECKPOINT is WORKDIR/checkpoints/STEP, or a work directory, which stands for its newest. Without
 --tokenizer the bytes of the text are its tokens, as for configs/speeches.py; a tokenizer.json is
-read by the package `tokenizers` of requirements-tools.txt. For every token as many are computed
-anew as a training sequence has, which is slow for a large network. Exit status: 0, or 2 for what
-cannot be used.
+read by the package `tokenizers` of requirements-tools.txt. Each new token recomputes the whole
+window, at most one training sequence, which is slow for a large network. Exit status: 0, or 2 for
+invalid input.
 """
 
 import argparse

@@ -5,12 +5,11 @@
 
 Every process gets --coordinator (a free port of the loopback device), --num_processes and
 --process_id, and sees one GPU, or one CPU device; where there are fewer than N usable GPUs the run
-is rejected. Lines that they print are prefixed with their number. SIGTERM and SIGINT are passed on
-to all. When a process fails, the others have a moment to end by themselves, then get
-SIGTERM, then SIGKILL, so nothing is left behind; should this program itself be killed, the system
-sends them SIGTERM. The exit status is that of the first process that failed (main.py says what it
-means; 3 for one that a signal ended, but 75 for SIGALRM: the run hung, and can be resumed), else
-the highest.
+is rejected. Output lines are prefixed with the process number. SIGTERM, SIGINT and SIGHUP are
+forwarded to all processes. When one fails, the others have a moment to exit by themselves, then get
+SIGTERM, then SIGKILL. If this program is killed, the system sends them SIGTERM. The exit status is
+that of the first process that failed (see main.py), or the highest if none failed; 3 for a process
+ended by a signal, 75 for SIGALRM (the run hung and can be resumed).
 """
 
 import argparse

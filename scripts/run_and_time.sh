@@ -11,7 +11,7 @@
 #   --gpus=N      N processes with one GPU each (default: all GPUs that CUDA_VISIBLE_DEVICES or the driver names)
 #   --cpus=N      N processes on the CPU
 #   --version     prints the version, and does nothing else
-#   --config.NAME=VALUE  overrides a field of the configuration; python main.py --help lists them
+#   --config.NAME=VALUE  overrides a field; python main.py --config=CONFIG --help lists them
 #
 # Sets up the environment first, and prepares the digits and the speeches; other data sets are prepared by
 # scripts/download_dataset.sh. The last line is RESULT,DATASET,SEED,SECONDS,USER,START. Exit status:

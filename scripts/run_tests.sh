@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Sets up the environment, checks the code's format, types and spelling, and runs the tests, all on the CPU.
+# Sets up the environment, checks the code's format, style, types and spelling, and runs the tests, all on the CPU.
 #
 # Usage: scripts/run_tests.sh [--all] [ARGUMENT...]
 #   --all        the slow tests too; without them it takes some 10 minutes on 2 cores the first time
 #   ARGUMENT...  for pytest, such as tests/workloads/resnet/test_optimizers.py or -k lars
 #
-# Without ARGUMENT tests run two files at a time, but for those that are marked `alone`.
+# Without ARGUMENT tests run two files at a time. Those marked `alone` run only with --all, one at a time.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -16,8 +16,8 @@
 #              PYTHON  a Python to make it from (default: python3.11, or python3.12 with --cuda13, or python3)
 #              LOCK    cpu, gpu or cuda13, as the flags
 #
-# Needs Python 3.11 (or 3.12, see above) and a package index, nothing else. Every package is checked against the hash in the
-# lock. Calls at the same time wait for each other; what was interrupted is made anew.
+# Needs Python 3.11 (or 3.12, see above) and a package index. Every package except those of requirements-torch.txt
+# is checked against its hash. Concurrent calls wait for each other; an interrupted set-up is started again.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

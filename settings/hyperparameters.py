@@ -80,7 +80,7 @@ class Config:
     )
     optimizer: str = field(TEXT, 'The optimizer.', log_key='opt_name')
     dtype: str = field(
-        DTYPES, 'Of activations and what multiplies them; all else is float32 always.'
+        DTYPES, 'Dtype of activations and matrix products; everything else is always float32.'
     )
     seed: int | None = field(
         SEED,
@@ -110,8 +110,8 @@ class Config:
     )
     stall_seconds: int | None = _run(
         POSITIVE,
-        'A run in which nothing happens for so long (no step, no evaluation batch) says where it '
-        'hangs and is ended, to be resumed; none: never.',
+        'Seconds without progress (no step, no evaluation batch) after which the run prints where '
+        'it hangs and ends, to be resumed; none: no limit.',
     )
     drop_page_cache: bool = _run(
         BOOLEAN,

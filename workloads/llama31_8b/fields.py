@@ -46,7 +46,7 @@ class LlamaConfig(Config):
             f'a multiple of {PART_OF_A_SEQUENCE} and ≤ {LONGEST_SEQUENCE}',
             lambda value: 0 < value <= LONGEST_SEQUENCE and value % PART_OF_A_SEQUENCE == 0,
         ),
-        'Tokens of a sequence that are read, and as many that are predicted.',
+        'Tokens per sequence.',
         log_key='max_sequence_length',
     )
 
@@ -92,19 +92,24 @@ class LlamaConfig(Config):
         log_key='opt_learning_rate_decay_schedule',
     )
     beta_1: float = field(
-        one_of(0.9), "Decay of the gradient's running mean.", log_key='opt_adamw_beta_1'
+        one_of(0.9), 'AdamW: decay rate of the first moment.', log_key='opt_adamw_beta_1'
     )
     beta_2: float = field(
-        one_of(0.95), "Decay of its square's running mean.", log_key='opt_adamw_beta_2'
+        one_of(0.95), 'AdamW: decay rate of the second moment.', log_key='opt_adamw_beta_2'
     )
     epsilon: float = field(
-        one_of(1e-5), 'Added to the root of the latter.', log_key='opt_adamw_epsilon'
+        one_of(1e-5),
+        'AdamW: added to the square root of the second moment.',
+        log_key='opt_adamw_epsilon',
     )
     weight_decay: float = field(
-        one_of(0.1), 'λ, times the learning rate.', log_key='opt_adamw_weight_decay'
+        one_of(0.1),
+        'AdamW: decoupled weight decay λ, scaled by the learning rate.',
+        log_key='opt_adamw_weight_decay',
     )
     decay_norms: bool = field(
-        BOOLEAN, "Decay the norms' weights, too, as NeMo 2.1.0 does; else matrices alone."
+        BOOLEAN,
+        'Apply weight decay to norm weights too, as NeMo 2.1.0 does; otherwise to matrices only.',
     )
     gradient_clip_norm: float = field(
         one_of(1.0), "Largest norm of a step's gradient.", log_key='opt_gradient_clip_norm'
@@ -128,7 +133,9 @@ class LlamaConfig(Config):
         'Mean loss on the evaluated sequences, in nats a token, that ends the run.',
     )
     ruleset: str = field(
-        one_of('6.1.0', '6.0.0', '5.1.0'), 'Of MLPerf Training, that judges the log.', group='run'
+        one_of('6.1.0', '6.0.0', '5.1.0'),
+        'MLPerf Training ruleset by which the log is judged.',
+        group='run',
     )
     division: str = field(
         division(CLOSED_DIVISION), 'MLPerf division.', log_key='submission_division', group='run'

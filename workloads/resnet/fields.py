@@ -201,8 +201,8 @@ class ResNetConfig(Config):
 
     cache_gib: float = _hardware(
         NOT_NEGATIVE,
-        'Decoded images of a split stay in the memory of each process that reads them, if all of '
-        'them need at most so many GiB.',
+        "Keep a split's decoded images in the memory of each process that reads them if they need "
+        'at most this many GiB.',
     )
 
     division: str = field(
