@@ -161,8 +161,9 @@ def _ahead(load: Callable[[int], Batch], first: int, stop: int, processes: int) 
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """Makes this worker process end when its parent has ended, even by SIGKILL."""
+    """Makes this worker process end when its parent has ended, even by SIGKILL, and not before."""
     del worker, workers
+    os.setpgid(0, 0)  # Ctrl-C reaches a whole group, but a run needs batches until it has saved.
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

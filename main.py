@@ -58,6 +58,7 @@ def run(
     alone = flags.coordinator is None and not backend.in_cluster()
     micro_batches = config.global_batch_size // config.micro_batch_size
     backend.prepare(config.deterministic, micro_batches if alone else 1)
+    from run_files import terminal
     from training import compilation_cache, evaluation, processes, train_loop
 
     for name in ('absl', 'asyncio'):  # What fails is raised; their tracebacks would bury it.
@@ -71,7 +72,7 @@ def run(
         command_line.check_profile(flags.profile, course.evaluations[-1].step)
     place = (flags.coordinator, flags.num_processes, flags.process_id, flags.start_timeout)
     with processes.joined(*place):
-        print_line = print if processes.is_lead() else lambda text: None
+        print_line = terminal.show if processes.is_lead() else lambda text: None
         if flags.mode == 'eval':
             print_line(json.dumps(evaluation.evaluate(workload, config, dataset)))
             return errors.REACHED

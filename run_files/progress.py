@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from run_files.line_file import LineFile
+from run_files.terminal import show
 from settings.plan import Evaluation, Plan
 
 FLUSH_SECONDS = 30
@@ -153,7 +154,7 @@ class Progress:
         """A line for people."""
         if self._file:
             self._end_line()
-            print(text, flush=True)
+            show(text)
 
     @contextlib.contextmanager
     def busy(self, doing: str) -> Iterator[None]:
@@ -175,7 +176,7 @@ class Progress:
     def _end_line(self) -> None:
         """What is printed next starts a line of its own."""
         if self._open_line:
-            print('\r\x1b[K', end='', flush=True)
+            show('\r\x1b[K', end='')
             self._open_line = False
 
     def training(self, step: int, values: Mapping[str, float]) -> None:
@@ -196,10 +197,10 @@ class Progress:
             fields.append((5, f'MFU {values["mfu"]:.1%}'))
         if self._terminal:
             text = fitted(fields, shutil.get_terminal_size().columns)
-            print(f'\r\x1b[K{text}', end='', flush=True)
+            show(f'\r\x1b[K{text}', end='')
             self._open_line = True
         else:
-            print('  '.join(text for _, text in fields), flush=True)
+            show('  '.join(text for _, text in fields))
 
     def evaluation(self, at: Evaluation, values: Mapping[str, float], fingerprint: str) -> None:
         """The result of an evaluation.

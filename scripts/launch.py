@@ -5,11 +5,11 @@
 
 Every process gets --coordinator (a free port of the loopback device), --num_processes and
 --process_id, and sees one GPU, or one CPU device; where there are fewer than N usable GPUs the run
-is rejected. Output lines are prefixed with the process number. SIGTERM, SIGINT and SIGHUP are
-forwarded to all processes. When one fails, the others have a moment to exit by themselves, then get
-SIGTERM, then SIGKILL. If this program is killed, the system sends them SIGTERM. The exit status is
-that of the first process that failed (see main.py), or the highest if none failed; 3 for a process
-ended by a signal, 75 for SIGALRM (the run hung and can be resumed).
+is rejected. Output lines are prefixed with the process number. SIGTERM and SIGINT are forwarded to
+all processes, SIGHUP as SIGTERM. When one fails, the others have a moment to exit by themselves,
+then get SIGTERM, then SIGKILL. If this program is killed, the system sends them SIGTERM. The exit
+status is that of the first process that failed (see main.py), or the highest if none failed; 3 for
+a process ended by a signal, 75 for SIGALRM (the run hung and can be resumed).
 """
 
 import argparse
@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Mapping
 
+from run_files.terminal import show
 from scripts import end_with_parent
 from settings.errors import FAILED, INTERRUPTED, MISSED, REACHED, REJECTED
 
@@ -60,7 +61,10 @@ def environments(flags: argparse.Namespace, inherited: Mapping[str, str]) -> lis
         devices = inherited.get('JAX_NUM_CPU_DEVICES', '1')
         return [{'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': devices}] * flags.cpus
     visible = inherited.get('CUDA_VISIBLE_DEVICES')
-    gpus = visible.split(',') if visible else [str(i) for i in range(flags.gpus)]
+    if visible is None:
+        gpus = [str(i) for i in range(flags.gpus)]
+    else:  # Empty, it names none.
+        gpus = list(filter(None, visible.split(',')))
     if len(gpus) < flags.gpus:
         raise ValueError(
             f'--gpus={flags.gpus}, but CUDA_VISIBLE_DEVICES={visible} names only {len(gpus)}'
@@ -112,8 +116,7 @@ class Processes:
     @staticmethod
     def _print(prefix: str, process: subprocess.Popen) -> None:
         for line in process.stdout or ():
-            sys.stdout.buffer.write(prefix.encode() + line)
-            sys.stdout.buffer.flush()
+            show(prefix + line.decode(errors='replace'), end='')
 
     def running(self) -> list[subprocess.Popen]:
         """Those that have not ended."""
@@ -204,12 +207,14 @@ def main(arguments: list[str]) -> int:
     processes: Processes | None = None
 
     def pass_on(number, frame):
-        asked.append(number)
+        asked.append(signal.SIGTERM if number == signal.SIGHUP else number)
         if processes:
-            processes.send(number)
+            processes.send(asked[-1])
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # As nohup leaves it.
+        signal.signal(signal.SIGHUP, pass_on)
     processes = Processes(command, each)
     if asked:  # While they were being started.
         processes.send(asked[-1])

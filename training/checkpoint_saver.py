@@ -16,7 +16,6 @@ import orbax.checkpoint as ocp
 from settings.errors import SaveError
 from training import processes
 from training.checkpointing import first_line, to_save
-from training.processes import StartError
 
 KEPT = 2  # The newest, and the one before it in case the newest is damaged.
 
@@ -30,10 +29,7 @@ class CheckpointSaver:
       directory: is made if it is missing; all processes see it.
       report: receives a sentence for every error that does not end the run: a damaged checkpoint,
         a save that failed.
-      damaged: checkpoints to put aside, as found by `find`: the run comes by these steps again.
-
-    Raises:
-      StartError: when a process does not see the directory.
+      damaged: checkpoints to put aside, as found by `find`: the run will reach these steps again.
     """
 
     def __init__(
@@ -44,13 +40,6 @@ class CheckpointSaver:
     ):
         self._directory, self._report = directory.resolve(), report
         processes.run_on_lead(lambda: self._prepare(damaged))
-        sees = processes.gathered(self._directory.is_dir())
-        if not all(sees):
-            raise StartError(
-                f'process {sees.index(False)} does not see {self._directory}, which process 0 has '
-                'made: every process writes a part of each checkpoint, so the work directory must '
-                'be on a file system that they share'
-            )
         self._manager = self._open()
         # Orbax has threads too, but starts them after half a second's work on 100 MB of weights.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoints')

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from run_files.terminal import show
 from training import processes
 
 LARGEST_BYTES = 2 << 30
@@ -16,7 +17,7 @@ SHORTEST_COMPILATION_SECONDS = 0.5
 
 
 def configure() -> None:
-    """Sets what is kept; nothing is, until `keep` says where."""
+    """Sets the cache's limits; it stays off until `keep` is called."""
     jax.config.update('jax_compilation_cache_dir', None)
     jax.config.update('jax_compilation_cache_max_size', LARGEST_BYTES)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', SHORTEST_COMPILATION_SECONDS)
@@ -35,7 +36,7 @@ def keep(folder: Path) -> None:
         processes.run_on_lead(lambda: mark.unlink(missing_ok=True))
         if not seen.all():
             if processes.is_lead():
-                print(f'{folder} is not seen by all processes: compiled programs are not kept')
+                show(f'{folder} is not seen by all processes: compiled programs are not kept')
             return
     jax.config.update('jax_compilation_cache_dir', str(folder))
 

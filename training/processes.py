@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from input_pipeline import Share
 from settings import backend
-from settings.errors import RejectedError
+from settings.errors import FAILED, REJECTED, FailedError, RejectedError
 
 HEARTBEAT_TIMEOUT_SECONDS = 30  # A peer that is silent for so long ends the others.
 END_SECONDS = 10.0  # In which a process that failed has ended; see _end_soon.
@@ -108,10 +109,13 @@ def _remedy() -> str:
             'A GPU was asked for (--gpus=N): it needs N GPUs, an NVIDIA driver (nvidia-smi lists '
             'both) and the environment that scripts/setup_env.sh --gpu makes'
         )
-    return (
-        'Several processes on CPUs find each other by the name of their machine, which must '
-        'resolve (/etc/hosts, say)'
-    )
+    if jax.distributed.is_initialized():
+        return (
+            'Several processes on CPUs find each other by the name of their machine, which must '
+            'resolve (/etc/hosts, say)'
+        )
+    asked = os.environ.get('JAX_PLATFORMS')
+    return f'Unset JAX_PLATFORMS={asked}, or install what it asks for' if asked else ''
 
 
 def _join(
@@ -164,7 +168,7 @@ def run_on_lead(function: Callable[[], Any]) -> Any:
     """Runs a function in process 0; its result there, None elsewhere. If it fails, all fail.
 
     Raises:
-      What the function raises, in process 0; StartError in the others.
+      What the function raises, in process 0; in the others an error of the same exit status.
     """
     result, error = None, None
     if is_lead():
@@ -172,11 +176,12 @@ def run_on_lead(function: Callable[[], Any]) -> Any:
             result = function()
         except Exception as caught:
             error = caught
-    failed = broadcast(error is not None)
+    status = broadcast(getattr(error, 'status', FAILED) if error else None)
     if error is not None:
         raise error
-    if failed:
-        raise StartError('process 0 could not start the run; its message says why')
+    if status is not None:
+        text = 'process 0 could not continue; its message says why'
+        raise StartError(text) if status == REJECTED else FailedError(text)
     return result
 
 
@@ -194,6 +199,17 @@ def gathered(value: Any) -> list[Any]:
 def broadcast(value: Any) -> Any:
     """Process 0's value, anything that JSON can hold, in every process."""
     return gathered(value if is_lead() else None)[0]
+
+
+def check_all_see(directory: Path) -> None:
+    """Raises StartError unless every process sees a directory that process 0 has made."""
+    sees = gathered(directory.resolve().is_dir())
+    if not all(sees):
+        raise StartError(
+            f'process {sees.index(False)} does not see {directory}, which process 0 has made: '
+            'every process writes a part of each checkpoint, so the work directory must be on a '
+            'file system that they share'
+        )
 
 
 def wait_for_all() -> None:

@@ -7,6 +7,7 @@ metrics are read, and batches are on their way to the device while it computes.
 
 import collections
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 import jax
 
 import train_lib
+from accumulation import LARGEST_GRADIENT, LARGEST_VALUE
 from input_pipeline import Pipeline
 from run_files import machine
 from run_files.mlperf_log import EventLog
@@ -31,8 +33,8 @@ from training.stop_request import StopRequest
 from training.watchdog import Watchdog
 
 
-class NonFiniteError(FailedError):
-    """A loss or a gradient is not finite: training has diverged."""
+class DivergedError(FailedError):
+    """A loss or a gradient is not finite, or too large to be added up."""
 
 
 _DIVERGED = (
@@ -59,7 +61,7 @@ class Parts:
 
 
 class Run:
-    """A run in one process: where it stands, and how it moves on."""
+    """The training loop of one process, with its state."""
 
     def __init__(self, parts: Parts, state: TrainState):
         self.parts, self.state = parts, state
@@ -105,9 +107,10 @@ class Run:
         micro, stop = jax.device_get((micro, stop))
         if micro[-1]['rejected'].any():
             names = metrics.rejected_names(self.state.variables, micro[-1]['rejected'])
-            raise NonFiniteError(
+            raise DivergedError(
                 f'not finite or out of range at step {step}: {", ".join(names)}; that step moved '
-                f'no weight. {_DIVERGED}'
+                f'no weight. An element of a gradient may be up to {LARGEST_GRADIENT:g}, of '
+                f'statistics and metrics up to {LARGEST_VALUE:g}. {_DIVERGED}'
             )
         self.parts.watchdog.beat(f'step {step}')
         self._stopped = self._stopped or bool(stop)
@@ -169,6 +172,8 @@ class Run:
         result = self.evaluate()
         if result is None:
             return None
+        if not math.isfinite(result[target.metric]):
+            raise DivergedError(f'{target.words} is not finite at step {self.step}. {_DIVERGED}')
         # If a run was killed here, the log holds what it had found, and that counts.
         result[target.metric] = log.eval_stop(at, result[target.metric])
         times = {'eval_seconds': time.monotonic() - before, 'checkpoint_seconds': saving}
@@ -205,7 +210,7 @@ class Run:
 
     def train_and_evaluate(self) -> Outcome:
         """Trains and evaluates in turns until the target, the last epoch or a request to stop."""
-        parts, saved = self.parts, True
+        parts = self.parts
         self._clock.lap()
         parts.progress.begin()
         parts.watchdog.start()

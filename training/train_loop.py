@@ -8,7 +8,9 @@ Whatever can be rejected is rejected before anything is written.
 """
 
 import dataclasses
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,6 +21,7 @@ from run_files import banner, log_check, work_directory
 from run_files.mlperf_log import EventLog
 from run_files.profiling import Trace
 from run_files.progress import Progress
+from run_files.terminal import show
 from settings.errors import Outcome
 from settings.hyperparameters import Config
 from settings.plan import Dataset, Plan
@@ -48,7 +51,7 @@ def set_up(
     template, step = train_lib.abstract_state(model), found.step
     shown = processes.run_on_lead(lambda: Progress(workdir, plan, step))
     progress = shown or Progress(None, plan, 0)
-    saver = CheckpointSaver(workdir / 'checkpoints', progress.say, found.damaged)
+    saver = CheckpointSaver(workdir / 'checkpoints', _reporter(progress), found.damaged)
     about = (dataset.digest, template.variables, workload.particulars(config))
     for line in banner.lines(config, plan, *about, workdir, step, found.fingerprint):
         progress.say(line)
@@ -75,6 +78,13 @@ def set_up(
         return Run(parts, start.state(found, config, model, mesh))
 
 
+def _reporter(progress: Progress) -> Callable[[str], None]:
+    """Shows what any process has to report; the progress is process 0's alone."""
+    if processes.is_lead():
+        return progress.say
+    return lambda text: show(f'process {jax.process_index()}: {text}')
+
+
 def train_and_evaluate(
     workload: Workload,
     config: Config,
@@ -98,10 +108,11 @@ def train_and_evaluate(
     plan = plan_of(workload, config, dataset, jax.device_count())
     model = model_of(workload, config, plan, dataset)
     template = train_lib.abstract_state(model)
-    is_new = not (workdir / 'config.json').exists()
+    is_new = processes.broadcast(not os.path.exists(workdir / 'config.json'))
     if is_new:
         processes.run_on_lead(lambda: start.check_weights(config, template, workload.head))
     recorded = processes.run_on_lead(lambda: work_directory.open_for(config, dataset, workdir))
+    processes.check_all_see(workdir)
     seed = processes.seed_from_lead(config.seed if recorded is None else recorded)
     config = dataclasses.replace(config, seed=seed)
     log = processes.run_on_lead(lambda: EventLog(workdir / 'mlperf.log')) or EventLog(None)

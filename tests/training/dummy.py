@@ -8,4 +8,5 @@ from tests import dummy_workload
 from workloads import by_name
 
 by_name.BENCHMARKS['dummy'] = by_name.Entry(dummy_workload.DummyConfig, dummy_workload.__name__)
-sys.exit(main.main(sys.argv[1:]))
+if __name__ == '__main__':  # Not in decoding processes.
+    sys.exit(main.main(sys.argv[1:]))

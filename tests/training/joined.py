@@ -42,7 +42,7 @@ def agrees():
         processes.run_on_lead(lambda: 1 // 0)
     except ZeroDivisionError:
         assert lead
-    except processes.StartError:
+    except errors.FailedError:
         assert not lead
 
 
@@ -52,6 +52,15 @@ def fails(who):
     if who in ('all', str(jax.process_index())):
         raise errors.FailedError(f'process {jax.process_index()} failed')
     processes.wait_for_all()
+
+
+def lead_fails():
+    """Process 0 cannot do what it alone is to do."""
+
+    def fill():
+        raise errors.SaveError('the disk is full')
+
+    processes.run_on_lead(fill)
 
 
 def ends_late(seconds):
@@ -93,7 +102,10 @@ def saves(folder):
     mesh, me = compilation.make_mesh(), jax.process_index()
     whole = np.repeat(np.arange(mesh.size, dtype=np.float32), 5).reshape(mesh.size, 5)
     tree = compilation.place(mesh, {'a': whole, 'step': np.int32(3)}, {'a': 0})
-    saver = CheckpointSaver(Path(folder.replace('{}', str(me))), print)
+    directory = Path(folder.replace('{}', str(me)))
+    processes.run_on_lead(directory.mkdir)
+    processes.check_all_see(directory)
+    saver = CheckpointSaver(directory, print)
     # An array that no process has whole, so each can only have written its own part.
     assert not tree['a'].is_fully_addressable
     saver.save(compilation.on_host(tree), checkpointing.signed({}, {'a': whole, 'step': 3}, [0, 0]))
@@ -104,7 +116,9 @@ def saves(folder):
     assert (again.addressable_data(0) == tree['a'].addressable_data(0)).all()
 
 
-PROGRAMS = {f.__name__: f for f in (starts, agrees, fails, ends_late, stops, compiles, saves)}
+PROGRAMS = {
+    f.__name__: f for f in (starts, agrees, fails, lead_fails, ends_late, stops, compiles, saves)
+}
 
 
 def main(arguments):

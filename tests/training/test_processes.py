@@ -46,7 +46,7 @@ def peers(*what):
 @pytest.mark.parametrize('number', [1, 2])
 def test_gpus_that_are_not_there_reject_the_run(number):
     """A CPU in their place would be a surprise after hours."""
-    status, said = launched('starts', flag=f'--gpus={number}', CUDA_VISIBLE_DEVICES='')
+    status, said = launched('starts', flag=f'--gpus={number}', CUDA_VISIBLE_DEVICES='98,99')
     assert status == 2, said
     assert 'A GPU was asked for (--gpus=N)' in said
 
@@ -96,12 +96,18 @@ def test_a_place_that_cannot_be_is_rejected(place):
         processes.initialize(*place, timeout=1)
 
 
-def test_devices_that_cannot_be_started_refuse_the_run(monkeypatch):
+@pytest.mark.parametrize(
+    ('several', 'message'),
+    [(True, 'Unable .* must resolve'), (False, 'Unable .* Unset JAX_PLATFORMS=xpu')],
+)
+def test_devices_that_cannot_be_started_refuse_the_run(monkeypatch, several, message):
     def fails():
         raise RuntimeError('Unable to initialize backend')
 
     monkeypatch.setattr(jax, 'default_backend', fails)
-    with pytest.raises(processes.StartError, match=r'Unable .* must resolve'):
+    monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: several)
+    monkeypatch.setenv('JAX_PLATFORMS', 'xpu')
+    with pytest.raises(processes.StartError, match=message):
         processes.initialize(None, None, None, timeout=1)
 
 
@@ -140,6 +146,13 @@ def test_processes_that_fail_together_end_with_the_status_of_the_failure():
         assert process.returncode == 3, said
         assert f'error: process {i} failed' in said
         assert 'stack trace' not in said
+
+
+def test_what_process_0_alone_cannot_do_ends_all_with_its_status():
+    for i, process in enumerate(peers('lead_fails')):
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 3, said
+        assert ('error: the disk is full' if i == 0 else 'error: process 0 could not') in said
 
 
 def test_each_process_saves_its_own_part_of_an_array(tmp_path):

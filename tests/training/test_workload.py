@@ -2,14 +2,18 @@
 """The core runs a workload that it has never heard of, from the command line to the report."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import pytest
 
 from reporting import charts, finished_run
+from scripts.launch import free_port
 from settings import errors
 from tests import dummy_workload
 from training import checkpointing
@@ -95,3 +99,67 @@ def test_it_resumes_to_the_same_weights(folder, finished):
     assert status == errors.REACHED, said
     assert 'resumed from step ' in said
     assert weights(folder / 'parts') == weights(finished[0])
+
+
+def test_a_quality_that_is_not_finite_ends_the_run(folder):
+    """It can be neither logged nor met; without the error no later start could go on."""
+    diverges = ('--config.learning_rate=1e9', '--config.eval_every_samples=16')
+    status, said = run(folder, f'--workdir={folder}/diverged', *diverges)
+    assert status == errors.FAILED, said
+    assert 'error: squared error is not finite at step 1. Training has diverged' in said
+
+
+ENDLESS = (
+    '--config.target_error=1e-9', '--config.eval_every_samples=65536', '--config.max_samples=131072',
+)  # fmt: skip
+
+
+def started(folder, *arguments):
+    """The program, in a process group of its own, and what it has said up to its first steps."""
+    command = [sys.executable, PROGRAM, f'--config={folder}/dummy.json', *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout
+    for line in process.stdout:
+        if '  step ' in line:
+            break
+    return process
+
+
+def test_ctrl_c_in_a_terminal_saves_though_it_reaches_decoding_processes_too(folder):
+    # A step of more micro-steps than there are batches ahead.
+    several = ('--config.data_processes=2', '--config.global_batch_size=256')
+    process = started(folder, *ENDLESS, *several, f'--workdir={folder}/terminal')
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == errors.INTERRUPTED, said
+    assert 'the run was interrupted and saved' in said
+
+
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(folder):
+    """As under `| head`, or when the terminal is lost."""
+    process = started(folder, *ENDLESS, f'--workdir={folder}/unread')
+    assert process.stdout
+    process.stdout.close()
+    time.sleep(0.5)  # Some lines long.
+    process.terminate()
+    assert process.wait(timeout=60) == errors.INTERRUPTED
+
+
+def test_processes_that_do_not_share_the_work_directory_are_rejected_each_time(folder):
+    """Nothing but a lock is written, so that the second start finds what the first one found."""
+    for _ in range(2):
+        place = [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2']
+        command = [sys.executable, PROGRAM, f'--config={folder}/dummy.json', *place]
+        peers = [
+            subprocess.Popen(
+                [*command, f'--process_id={i}', f'--workdir={folder}/of-{i}'],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=os.environ | {'XLA_FLAGS': '', 'JAX_NUM_CPU_DEVICES': '1'},
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        for peer in peers:
+            said = peer.communicate(timeout=60)[0]
+            assert peer.returncode == errors.REJECTED, said
+            assert 'error: process 1 does not see' in said
+        assert [path.name for path in (folder / 'of-0').iterdir()] == ['lock']
