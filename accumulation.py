@@ -70,7 +70,7 @@ def accumulated(
     Returns:
       `optax.MultiSteps` with an int64 accumulator: every collection of variables, `packed`.
     """
-    # Optax needs JAX's 64-bit types for integers, but what it accumulates for does not.
+    # The accumulator needs 64-bit types; the wrapped optimizer must run without them.
     wide, default = jax.enable_x64(True), jax.enable_x64(jax.enable_x64.value)
 
     @default

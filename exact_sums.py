@@ -35,7 +35,7 @@ class FixedPoint:
 
     @property
     def bits(self) -> int:
-        """Behind the binary point."""
+        """Number of fractional bits."""
         return 62 - round(math.log2(self.limit)) - (self.addends - 1).bit_length()
 
     @jax.enable_x64(True)
@@ -104,7 +104,7 @@ def psum(tree: Any, formats: Any, axis: str) -> tuple[Any, jax.Array, jax.Array]
     broadcast = jax.tree.map(lambda form, part: jax.tree.map(lambda _: form, part), formats, tree)
     arrays, structure = jax.tree.flatten(tree)
     forms = jax.tree.leaves(broadcast)
-    # In one vector, for every collective is a wait.
+    # One vector: each collective is a synchronization.
     parts = [form.encode(x).ravel() for form, x in zip(forms, arrays, strict=True)]
     vector = lax.psum(jnp.concatenate(parts), axis)
     words = lax.pmax(jnp.stack([_word(x) for x in arrays]), axis)

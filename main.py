@@ -98,7 +98,10 @@ def main(arguments: list[str]) -> int:
     # Until there is something to save, a signal ends the program at once.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    flags, overrides = parse_flags(arguments)
+    try:
+        flags, overrides = parse_flags(arguments)
+    except errors.ConfigError as error:
+        return print_error(str(error), error.status)
     if flags.mode == 'eval':
         overrides['division'] = 'open'  # Which rules a training kept does not matter here.
     try:

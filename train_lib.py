@@ -28,7 +28,7 @@ from loss_scaling import LossScale
 
 AXIS = 'data'
 
-# The loss of an evaluated example may be so large, and so many are in a batch of all devices.
+# Limits: the loss of one example, and the examples in an evaluation batch over all devices.
 EVALUATED = FixedPoint(2.0**16, 2**16)
 
 Variables = dict[str, Any]  # {'params': …} and the collections of statistics, if there are any.
@@ -37,7 +37,7 @@ Variables = dict[str, Any]  # {'params': …} and the collections of statistics,
 class Task(Protocol):
     """What is learnt: a model with its loss and its metrics, as pure functions.
 
-    Inside of a step every device has its part of the variables in `split`, and all of the others.
+    Within a step each device holds its shard of the variables in `split`, and all of the others.
 
     Attributes:
       dtype: of activations; 'float16' has its loss scaled.

@@ -130,7 +130,7 @@ def curve(run: FinishedRun, key: str) -> Curve:
 
 
 def _median(curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
-    """Positions and medians; where most runs have ended, it would be that of the slow ones."""
+    """Positions and medians. Positions that fewer than half of the runs reached are left out."""
     points = defaultdict(list)
     for x, y in itertools.chain.from_iterable(curves):
         points[x].append(y)
@@ -140,6 +140,7 @@ def _median(curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
 
 def _all_and_median(axes: Axes, curves: Sequence[Curve]) -> None:
     """Every run's curve in grey, and the median of those that still run in black."""
+    curves = [curve for curve in curves if curve]
     axes.add_collection(LineCollection(curves[:MOST_SEEDS], colors=RUN, linewidths=0.6, alpha=0.7))
     axes.plot(*_median(curves), color=MEDIAN, linewidth=1.8, label='median')
     axes.plot([], [], color=RUN, linewidth=0.8, label='each seed')

@@ -52,11 +52,9 @@ def processors(cpuinfo: str) -> dict[str, str]:
 
 def caches() -> str:
     """Sizes of the first core's caches, such as 'L1d 32K, L1i 32K, L2 1024K'."""
-    found = []
-    for index in sorted(Path('/sys/devices/system/cpu/cpu0/cache').glob('index*')):
-        kind = {'Data': 'd', 'Instruction': 'i'}.get(machine.read(f'{index}/type'), '')
-        found.append(f'L{machine.read(f"{index}/level")}{kind} {machine.read(f"{index}/size")}')
-    return ', '.join(found)
+    kinds = {'Data': 'd', 'Instruction': 'i', 'Unified': ''}
+    each = (cache.split() for cache in machine.caches())
+    return ', '.join(f'{level}{kinds[kind]} {size}' for level, kind, size in each)
 
 
 def storage() -> dict[str, str]:

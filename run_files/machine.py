@@ -16,7 +16,7 @@ _INSTRUCTION_SETS = ('sse4_2', 'avx', 'avx2', 'fma', 'avx_vnni', 'avx512', 'amx'
 _V100 = {'float32': 15.7, 'float16': 125.0}
 _A100 = {'float32': 19.5, 'float16': 312.0, 'bfloat16': 312.0}
 _H100_PCIE = {'float32': 51.0, 'float16': 756.0, 'bfloat16': 756.0}
-_H100 = {'float32': 67.0, 'float16': 989.0, 'bfloat16': 989.0}  # The H200 has more memory alone.
+_H100 = {'float32': 67.0, 'float16': 989.0, 'bfloat16': 989.0}  # The H200 differs only in memory.
 _NVL = {'float32': 60.0, 'float16': 835.0, 'bfloat16': 835.0}
 _PEAKS = {
     'Tesla V100-SXM2-16GB': _V100,

@@ -22,7 +22,7 @@ class Trace:
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None, report: Callable[[str], None]):
         self._folder, self._running, self._report = folder, False, report
-        self._steps = range(*(steps or (0, 0)))
+        self._steps, self._is_first = range(*(steps or (0, 0))), True
 
     def at(self, step: int, state: Any) -> None:
         """To be called before a step: `step` are done, and `state` is what they leave behind."""
@@ -32,11 +32,11 @@ class Trace:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder)
             self._running = True
-        elif self._steps and step >= self._steps.stop and not self._folder.exists():
+        elif self._is_first and self._steps and step >= self._steps.stop:
             self._report(
                 f'no trace is written: the run resumes from step {step}, after those to be traced'
             )
-            self._steps = range(0)
+        self._is_first = False
 
     def end(self, state: Any) -> None:
         """Ends and writes the trace, if one is running, once the device has computed `state`.

@@ -101,7 +101,7 @@ def open_for(config: Config, dataset: Dataset, path: Path) -> int | None:
             f'[0, 2^63); {_REMEDY}'
         )
     ours = config if config.seed is not None else dataclasses.replace(config, seed=seed)
-    differences = hyperparameters.differences(ours, theirs)
+    differences = hyperparameters.differences(ours, theirs, also_logged=True)
     if differences:
         raise WorkDirectoryError(
             f'the work directory {path} holds a run of another configuration '
@@ -195,7 +195,7 @@ def record(config: Config, dataset: Dataset, path: Path) -> None:
         'dataset': _data(dataset),
     }
     earlier = _earlier(path / 'environment.json', _data(dataset))
-    starts = 1 + sum(last.pop('starts', 1) for last in earlier[-1:])
+    starts = 1 + (earlier[-1].pop('starts', 1) if earlier else 0)
     earlier = [start for start in earlier if start != now]
     _write(path / 'config.json', dataclasses.asdict(config))
     more = {'starts': starts} | ({'earlier': earlier} if earlier else {})

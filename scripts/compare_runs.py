@@ -19,7 +19,6 @@ from typing import Any
 
 from reporting.page import flat
 from settings import hyperparameters, loading
-from settings.errors import ConfigError
 from workloads import by_name
 
 # What a line of metrics.jsonl tells of the run at its step.
@@ -85,7 +84,7 @@ def main(arguments: list[str]) -> int:
         print(f'{before}; at step {step} {kind} is {ours[step, kind]} and {theirs[step, kind]}')
         for difference in differences(*map(settings, workdirs)):
             print(f'  {difference}')
-    except (ValueError, ConfigError) as error:
+    except ValueError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 1

@@ -3,7 +3,7 @@
 
     end_with_parent.py PARENT COMMAND ARGUMENT…
 
-PARENT is the id of that process. So it is on Linux; elsewhere it just becomes the command. Python's
+PARENT is the id of that process. Linux only; elsewhere it just becomes the command. Python's
 subprocess module could ask the system in the new process itself (preexec_fn), but not safely where
 the program has threads.
 """

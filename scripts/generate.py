@@ -70,7 +70,10 @@ class File:
             raise ValueError(
                 '--tokenizer needs the package tokenizers; scripts/setup_env.sh installs it'
             ) from error
-        self._tokenizer = Read.from_str(path.read_text())
+        try:
+            self._tokenizer = Read.from_str(path.read_text())
+        except Exception as error:  # The package raises nothing more specific.
+            raise ValueError(f'{path} is not a tokenizer.json: {error}') from error
 
     def encode(self, text: str) -> Sequence[int]:
         """See `Tokenizer`."""

@@ -72,6 +72,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument('--open', action='store_true', help='show it in a browser')
     flags = parser.parse_args(arguments)
     out = flags.out or flags.directory / 'report.html'
+    if not out.suffix:
+        parser.error(f'--out={out} must be the name of a file, such as {out}.html')
     try:
         runs, problems = read(flags.directory)
         drawn = charts.draw(runs, verdicts.official_counts(runs[0]))

@@ -241,10 +241,10 @@ class Seeds:
 
 def main(arguments: list[str], program: Path = ROOT / 'main.py') -> int:
     """Runs `program` with many seeds; the exit status."""
-    flags, overrides = parse_flags(arguments)
-    command = [sys.executable, str(program), f'--config={flags.config}']
-    command += [f'{loading.FLAG}{name}={text}' for name, text in overrides.items()]
     try:
+        flags, overrides = parse_flags(arguments)
+        command = [sys.executable, str(program), f'--config={flags.config}']
+        command += [f'{loading.FLAG}{name}={text}' for name, text in overrides.items()]
         config = resolve(flags.config, overrides)
         flags.out.mkdir(parents=True, exist_ok=True)
         seeds = Seeds(flags, command, config)

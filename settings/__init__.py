@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is told: fields, rules, and all numbers that follow from them. Imports no JAX."""
+"""The configuration of a run: fields, rules, and all numbers that follow. Imports no JAX."""

@@ -6,9 +6,9 @@ Set before JAX starts its devices, they make results right and the same every ti
 
 import os
 
-# Threads that XLA computes with on a CPU, which split some sums of a convolution among them; else
-# there are as many as usable cores or devices, whichever are more. So a process can have no more
-# devices than this. With few, threads are in each other's way: it takes as many as it can use.
+# Number of threads in XLA's CPU pool. Some convolutions split a sum over them, so the number must
+# not depend on the machine. By default it is the larger of the usable cores and the devices; so a
+# process must not have more devices than this.
 CPU_THREADS = 8
 CPU_FLAGS = (
     # Other vector units are other orders of addition.
@@ -54,5 +54,6 @@ def prepare(deterministic: bool, micro_batches: int) -> None:
     """
     configure(*(DETERMINISTIC_GPU_FLAGS if deterministic else ()))
     if 'xla_force_host_platform_device_count' not in os.environ['XLA_FLAGS']:
+        # On few devices most of the threads are in each other's way, so there are as many as fit.
         devices = max(d for d in range(1, CPU_THREADS + 1) if micro_batches % d == 0)
         os.environ.setdefault('JAX_NUM_CPU_DEVICES', str(devices))

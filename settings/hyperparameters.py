@@ -283,10 +283,17 @@ def decisive(values: Mapping[str, Any], config_type: type[Config]) -> dict[str, 
     return {name: values.get(name) for name, entry in fields if entry.group == 'benchmark'}
 
 
-def differences(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
-    """Fields that decide what is computed and have other values in another configuration."""
-    here, there = (decisive(v, type(ours)) for v in (dataclasses.asdict(ours), theirs))
-    return [f'{n}: {there[n]!r} there, {here[n]!r} here' for n in here if here[n] != there[n]]
+def differences(ours: Config, theirs: Mapping[str, Any], *, also_logged: bool = False) -> list[str]:
+    """Fields that have other values in another configuration.
+
+    Those that decide what is computed; with `also_logged` those that are in the log, too.
+    """
+    return [
+        f'{name}: {theirs.get(name)!r} there, {getattr(ours, name)!r} here'
+        for name, entry in table(type(ours)).items()
+        if entry.group == 'benchmark' or (also_logged and entry.log_key)
+        if getattr(ours, name) != theirs.get(name)
+    ]
 
 
 def logged(config: Config) -> dict[str, Any]:

@@ -20,6 +20,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
     Returns:
       The former, and the latter as texts by name, unknown names included.
+
+    Raises:
+      ConfigError: when a flag has no value.
     """
     own, overrides = [], {}
     rest = iter(arguments)
@@ -28,7 +31,11 @@ def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             own.append(argument)
             continue
         name, equals, value = argument.removeprefix(FLAG).partition('=')
-        overrides[name] = value if equals else next(rest, '')
+        if not equals:
+            value = next(rest, '--')
+            if value.startswith('--'):
+                raise ConfigError(f'{argument} needs a value: {argument}=VALUE')
+        overrides[name] = value
     return own, overrides
 
 

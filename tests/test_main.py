@@ -58,6 +58,13 @@ def test_an_argument_that_is_not_known_is_one_line_with_what_was_meant(capsys, a
     assert words in rejected(capsys, *arguments)
 
 
+@pytest.mark.parametrize('rest', [[], ['--workdir=w']])
+def test_a_field_without_a_value_takes_no_other_argument_for_one(capsys, rest):
+    assert main.main(['--config.drop_page_cache', *rest]) == 2
+    said = capsys.readouterr().err
+    assert said == 'error: --config.drop_page_cache needs a value: --config.drop_page_cache=VALUE\n'
+
+
 def test_a_field_takes_its_value_to_the_letter():
     _, overrides = main.parse_flags([
         '--workdir=w', '--config.org=--', '--config.platform', 'a b', '--config.seed=',

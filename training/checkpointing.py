@@ -115,8 +115,11 @@ class Stored:
 
     def described(self) -> dict[str, str]:
         """The arrays' dtypes and shapes by name."""
+        return {name: dtype_and_shape(shape) for name, shape in self._shapes().items()}
+
+    def _shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {
-            name: f'{array.dtype.numpy_dtype}{list(array.shape)}'
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
             for name, array in self._arrays.items()
         }
 
@@ -158,22 +161,20 @@ class Stored:
         Raises:
           CheckpointError: when one is not what was written.
         """
-        arrays = {name: jax.ShapeDtypeStruct(a.shape, a.dtype.numpy_dtype)
-                  for name, a in self._arrays.items()}  # fmt: skip
-        tree = self._tree(arrays.__getitem__)
-        shapes = {name: array.shape for name, array in arrays.items()}
+        tree = self._tree(self._shapes().__getitem__)
+        shapes = {name: array.shape for name, array in self._arrays.items()}
         firsts = fingerprints.first_places(tree, shapes)
         first = {name: f for (name, _), f in zip(named(tree), firsts, strict=True)}
-        marks, wild = {}, []
+        marks, non_finite = {}, []
         for name in names:
             total, finite = 0, True
             for starts, chunk in self._chunks(name):
                 total += fingerprints.words_on_host(chunk, starts, shapes[name], first[name])
                 finite &= bool(np.isfinite(chunk).all())
             marks[name] = shown(total % 2**64)
-            wild += [] if finite else [name.removeprefix('variables/')]
+            non_finite += [] if finite else [name.removeprefix('variables/')]
         self.compare(marks)
-        return wild
+        return non_finite
 
     def _chunks(self, name: str) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """An array's chunks, as they are on disk, and where they begin."""

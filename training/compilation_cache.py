@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from run_files.terminal import show
 from training import processes
@@ -29,19 +27,23 @@ def keep(folder: Path) -> None:
     On GPUs, XLA has the processes of a run tune a program's kernels together. If one found the
     program in its cache, the others would wait a day for its part.
     """
-    if processes.is_several():
-        mark = folder / f'seen-by-all-{processes.broadcast(os.urandom(8).hex())}'
-        processes.run_on_lead(lambda: _touch(mark))
-        seen = multihost_utils.process_allgather(np.int32(mark.exists()))
-        processes.run_on_lead(lambda: mark.unlink(missing_ok=True))
-        if not seen.all():
-            if processes.is_lead():
-                show(f'{folder} is not seen by all processes: compiled programs are not kept')
-            return
-    jax.config.update('jax_compilation_cache_dir', str(folder))
+    mark = folder / f'seen-by-all-{processes.broadcast(os.urandom(8).hex())}'
+    processes.run_on_lead(lambda: _touch(mark))
+    seen = processes.gathered(os.path.exists(mark))
+    processes.run_on_lead(lambda: _remove(mark))
+    if all(seen):
+        jax.config.update('jax_compilation_cache_dir', str(folder))
+    elif processes.is_lead():
+        reason = 'is not seen by all processes' if any(seen) else 'cannot be written'
+        show(f'{folder} {reason}: compiled programs are not kept')
 
 
 def _touch(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

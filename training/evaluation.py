@@ -109,7 +109,9 @@ def evaluate(workload: Workload, config: Config, dataset: Dataset) -> dict[str, 
     )
     assert sums is not None
     quality = task.quality(sums)
-    wild = [f'{name} = {value}' for name, value in quality.items() if not np.isfinite(value)]
-    if wild:
-        raise CheckpointError(f'init_from={path} has diverged: {", ".join(wild)} is not finite')
+    non_finite = [f'{name} = {value}' for name, value in quality.items() if not np.isfinite(value)]
+    if non_finite:
+        raise CheckpointError(
+            f'init_from={path} has diverged: {", ".join(non_finite)} is not finite'
+        )
     return quality | {'examples': sums['examples']}

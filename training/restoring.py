@@ -28,10 +28,10 @@ def check_weights(path: Path, ours: Variables, head: tuple[str, ...]) -> list[st
     Args:
       path: WORKDIR/checkpoints/STEP.
       ours: the run's own variables, arrays or their shapes.
-      head: the start of the path of what may be of other shapes; the run then has it anew.
+      head: path prefix of arrays whose shape may differ; the run initializes those itself.
 
     Returns:
-      The names of arrays that the run has anew, in `ours`.
+      The names of arrays that the run initializes itself, in `ours`.
 
     Raises:
       CheckpointError: when it cannot be read, is of another model, or holds values that are not
@@ -49,13 +49,13 @@ def check_weights(path: Path, ours: Variables, head: tuple[str, ...]) -> list[st
                 f'it is a checkpoint of another model: {len(differ)} arrays differ, the first is '
                 f'{short[0]}'
             )
-        wild = stored.check(theirs)
+        non_finite = stored.check(theirs)
     except CheckpointError as error:
         raise CheckpointError(f'init_from={path}: {error}') from error
-    if wild:
+    if non_finite:
         raise CheckpointError(
-            f'init_from={path}: values of {len(wild)} arrays are not finite (NaN or infinity): '
-            f'{", ".join(wild[:3])}{", …" if len(wild) > 3 else ""}'
+            f'init_from={path}: {len(non_finite)} arrays hold NaN or infinity: '
+            f'{", ".join(non_finite[:3])}{", …" if len(non_finite) > 3 else ""}'
         )
     return short
 

@@ -3,7 +3,7 @@
 
 All processes have to stop after the same step. So at every step each says whether it was asked,
 and a small program adds this up over the devices, behind the step. Its answer is read a step later,
-when it has long been there: neither the host nor a device waits for it.
+when it is already available: neither the host nor a device waits for it.
 """
 
 import multiprocessing

@@ -376,3 +376,16 @@ def test_a_quality_that_falls_and_is_counted_in_examples(tmp_path):
     assert axes.patches[0].get_width() == pytest.approx(0.8 * 4096)
     assert charts.throughput([run]).axes[0].get_ylabel() == 'sequences/s'
     assert len(charts.draw([run], [])) == len(CHARTS)
+
+
+def test_a_report_is_a_file(page, capsys):
+    with pytest.raises(SystemExit):
+        report.main([str(page.parent), f'--out={page.parent}/report'])
+    assert 'report.html' in capsys.readouterr().err
+
+
+def test_runs_without_a_line_of_metrics_have_a_chart(page, monkeypatch):
+    """They are shorter than the interval between lines."""
+    runs = run_sets.survey(page.parent)[0]
+    monkeypatch.setattr(charts, 'curve', lambda run, key: [])
+    assert charts.loss(runs).axes

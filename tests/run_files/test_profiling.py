@@ -54,6 +54,16 @@ def test_a_run_that_resumes_after_the_steps_says_so_once(traced, capsys):
     assert capsys.readouterr().out.count('no trace') == 1
 
 
+def test_a_trace_that_could_not_be_written_is_no_resumed_run(traced, capsys, tmp_path):
+    """And one that an earlier start has left does not hide that this start traces nothing."""
+    assert traced((1, 3), range(5)) == [1, 2]
+    (tmp_path / 'profile').rmdir()
+    assert not capsys.readouterr().out
+    (tmp_path / 'profile').mkdir()
+    assert traced((1, 3), range(5, 9)) == []
+    assert capsys.readouterr().out.count('no trace') == 1
+
+
 def test_the_end_of_a_run_that_failed_raises_nothing(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError('No space left on device')

@@ -226,3 +226,9 @@ def test_a_machine_that_tells_nothing_is_described(monkeypatch):
     assert found['gpus'] == []
     assert found['memory'] == found['processor'] == ''
     assert json.dumps(found)
+
+
+def test_a_setting_that_the_log_already_holds_is_named(used):
+    """It decides nothing, but a log of two systems would be rejected at its end."""
+    path, _ = used
+    assert "org: 'reference' there, 'us' here" in rejection(path, resolve('digits', 'x', org='us'))

@@ -52,9 +52,10 @@ def test_each_process_is_bound_to_one_gpu_and_its_lines_are_prefixed():
     assert lines[1].endswith("'--num_processes=2', '--process_id=1') cuda GPU-5")
 
 
-def test_more_gpus_than_are_visible_are_rejected():
-    run = launch('--gpus=3', program=['show'], CUDA_VISIBLE_DEVICES='0,1')
-    assert 'names only 2' in run.communicate(timeout=60)[0]
+@pytest.mark.parametrize(('visible', 'count'), [('0,1', 2), ('', 0)])
+def test_more_gpus_than_are_visible_are_rejected(visible, count):
+    run = launch('--gpus=3', program=['show'], CUDA_VISIBLE_DEVICES=visible)
+    assert f'names only {count}' in run.communicate(timeout=60)[0]
     assert run.returncode == 2
 
 

@@ -110,8 +110,10 @@ def test_a_quality_that_is_not_finite_ends_the_run(folder):
 
 
 ENDLESS = (
-    '--config.target_error=1e-9', '--config.eval_every_samples=65536', '--config.max_samples=131072',
-)  # fmt: skip
+    '--config.target_error=1e-9',
+    '--config.eval_every_samples=65536',
+    '--config.max_samples=131072',
+)
 
 
 def started(folder, *arguments):
