@@ -52,9 +52,8 @@ def processors(cpuinfo: str) -> dict[str, str]:
 
 def caches() -> str:
     """Sizes of the first core's caches, such as 'L1d 32K, L1i 32K, L2 1024K'."""
-    kinds = {'Data': 'd', 'Instruction': 'i', 'Unified': ''}
-    each = (cache.split() for cache in machine.caches())
-    return ', '.join(f'{level}{kinds[kind]} {size}' for level, kind, size in each)
+    text = ', '.join(machine.caches())
+    return text.replace(' Data', 'd').replace(' Instruction', 'i').replace(' Unified', '')
 
 
 def storage() -> dict[str, str]:

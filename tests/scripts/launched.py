@@ -36,11 +36,12 @@ def has_helpers(me, folder, *_):
     time.sleep(600)
 
 
-def saves(me, *_):
-    """Says which signal asked it to stop, and ends as a run that was interrupted."""
+def saves(me, lines='1', *_):
+    """Says which signal asked it to stop, in so many lines, and ends as an interrupted run."""
 
     def stop(number, _):
-        print('got', number, flush=True)
+        for _ in range(int(lines)):
+            print('got', number, flush=True)
         sys.exit(75)
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -89,15 +89,31 @@ def test_one_that_is_killed_ends_the_others_and_their_helpers(tmp_path):
     assert_that_they_end(*pids)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_signals_are_passed_on_to_all(number):
-    run = launch('--cpus=2', program=['saves'])
+@pytest.mark.parametrize(
+    ('number', 'becomes'),
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGHUP, signal.SIGTERM),  # A terminal that is lost.
+    ],
+    ids=lambda number: number.name,
+)
+def test_signals_are_passed_on_to_all(number, becomes):
+    run = launch('--cpus=2', program=['saves', '1'])
     ready = [run.stdout.readline() for _ in range(2)]
     assert all('pid' in line for line in ready)
     run.send_signal(number)
     said = run.communicate(timeout=60)[0]
     assert run.returncode == 75
-    assert sorted(said.splitlines()) == [f'[{i}] got {int(number)}' for i in range(2)]
+    assert sorted(said.splitlines()) == [f'[{i}] got {int(becomes)}' for i in range(2)]
+
+
+def test_a_launcher_whose_output_nobody_reads_passes_signals_on():
+    run = launch('--cpus=1', program=['saves', '20000'])  # More than a pipe holds.
+    run.stdout.readline()
+    run.stdout.close()
+    run.terminate()
+    assert run.wait(timeout=20) == 75
 
 
 def test_a_signal_before_anything_can_be_saved_ends_the_run_with_the_signals_status():
