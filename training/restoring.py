@@ -54,7 +54,7 @@ def check_weights(path: Path, ours: Variables, head: tuple[str, ...]) -> list[st
         raise CheckpointError(f'init_from={path}: {error}') from error
     if non_finite:
         raise CheckpointError(
-            f'init_from={path}: {len(non_finite)} arrays hold NaN or infinity: '
+            f'init_from={path}: {len(non_finite)} arrays have values that are not finite: '
             f'{", ".join(non_finite[:3])}{", …" if len(non_finite) > 3 else ""}'
         )
     return short
