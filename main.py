@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 try:
+    from run_files import terminal
     from settings import backend, command_line, errors, hyperparameters, loading
     from workloads import by_name
 except ModuleNotFoundError as missing:
@@ -58,7 +59,6 @@ def run(
     alone = flags.coordinator is None and not backend.in_cluster()
     micro_batches = config.global_batch_size // config.micro_batch_size
     backend.prepare(config.deterministic, micro_batches if alone else 1)
-    from run_files import terminal
     from training import compilation_cache, evaluation, processes, train_loop
 
     for name in ('absl', 'asyncio'):  # What fails is raised; their tracebacks would bury it.
@@ -89,7 +89,7 @@ def run(
 def print_error(text: str, status: int) -> int:
     """Prints an error for people."""
     sys.stdout.flush()
-    print(f'error: {text}', file=sys.stderr, flush=True)
+    terminal.show(f'error: {text}', file=sys.stderr)
     return status
 
 
@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
     except (errors.RejectedError, errors.FailedError) as error:
         return print_error(str(error), error.status)
     except Exception:
-        traceback.print_exc()
+        terminal.show(traceback.format_exc(), end='', file=sys.stderr)
         text = 'failed as shown above (of several processes, the first to fail says why)'
         if flags.mode == 'train':
             text += '; the same command resumes from the last checkpoint'

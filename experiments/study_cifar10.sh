@@ -4,7 +4,7 @@
 # The convergence study on CIFAR-10: many seeds, two precisions, accumulation; reference points, reports.
 #
 # Usage: experiments/study_cifar10.sh [--small] [--out=DIR] [--data_dir=DIR] [--dtype=float32|bfloat16] [--jobs=J]
-#   --small      the reduced network (configs/cifar10_small.py), 20 seeds: an hour or two on two CPU cores
+#   --small      the reduced network (configs/cifar10_small.py), 20 seeds: about an hour on two CPU cores
 #   --out        everything is written here (default: runs/cifar10-study or runs/cifar10-study-small)
 #   --data_dir   root of all data (default: data); scripts/download_dataset.sh cifar10 prepares it
 #   --dtype      of the 20 runs (default: float32); 5 runs have the other one

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines for people, on standard output."""
+"""Lines for people."""
 
 import os
 import sys
+from typing import TextIO
 
 
-def show(text: str, end: str = '\n') -> None:
-    """Prints at once. If nobody can read it any more (`| head`, a lost terminal), it is dropped."""
+def show(text: str, end: str = '\n', file: TextIO | None = None) -> None:
+    """Prints at once, on standard output or another file.
+
+    If nobody can read it any more (`| head`, a lost terminal), it is dropped: a run must save, and
+    end with its exit status, all the same.
+    """
+    file = file or sys.stdout
     try:
-        print(text, end=end, flush=True)
-    except OSError:  # A run must save and end as if its output were still being read.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, end=end, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

@@ -163,7 +163,7 @@ class Processes:
 
 def say(text: str) -> None:
     """A line of this program's own."""
-    print(f'launch.py: {text}', file=sys.stderr, flush=True)
+    show(f'launch.py: {text}', file=sys.stderr)
 
 
 def supervise(processes: Processes, grace: float, asked: list[int]) -> int:

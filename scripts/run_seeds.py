@@ -25,6 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from reporting import finished_run, run_sets
+from run_files.terminal import show
 from scripts import end_with_parent
 from settings import errors, hyperparameters, loading
 from settings.command_line import DEFAULT_CONFIG
@@ -65,12 +66,12 @@ class Display:
             f'missed it, {len(ended) - reached - missed} failed; {running} running',
             initial=self._kept,
         )
-        print(f'\r\x1b[K{text}' if self._terminal else f'{text}\n', end='', flush=True)
+        show(f'\r\x1b[K{text}' if self._terminal else f'{text}\n', end='')
 
     def close(self) -> None:
         """Leaves the line."""
         if self._terminal:
-            print()
+            show('')
 
 
 def default_jobs() -> int:
@@ -199,10 +200,9 @@ class Seeds:
         if not (directory / 'config.json').exists():
             raise errors.RejectedError(text)
         # It may be in use and healthy, so nothing is moved here.
-        print(
+        show(
             f'\n{text}. If it is damaged, rename {directory} to '
-            f'{directory.name}{run_sets.DAMAGED}1: the same command then repeats it',
-            flush=True,
+            f'{directory.name}{run_sets.DAMAGED}1: the same command then repeats it'
         )
         self.ended.append(errors.REJECTED)
 
@@ -253,14 +253,14 @@ def main(arguments: list[str], program: Path = ROOT / 'main.py') -> int:
                 signal.signal(number, seeds.ask)
         seeds.run(Display(flags.runs, len(seeds.ended)))
     except (errors.RejectedError, ValueError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr, flush=True)
+        show(f'error: {error}', file=sys.stderr)
         return errors.REJECTED
     if seeds.stopped:
-        print(f'{flags.out}: interrupted; the same command resumes the runs', flush=True)
+        show(f'{flags.out}: interrupted; the same command resumes the runs')
         return errors.INTERRUPTED
     failed = sum(status not in (errors.REACHED, errors.MISSED) for status in seeds.ended)
     if failed:
-        print(f'{flags.out}: {failed} runs failed; see {flags.out}/*.txt', flush=True)
+        show(f'{flags.out}: {failed} runs failed; see {flags.out}/*.txt')
         return errors.FAILED
     return max(seeds.ended)
 

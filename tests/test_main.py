@@ -170,7 +170,7 @@ def test_without_the_environment_the_program_says_how_to_get_it():
         [sys.executable, '-S', '-I', ROOT / 'main.py', '--help'], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: No module named 'settings'")
+    assert done.stderr.startswith("error: No module named 'run_files'")
     assert f'source {ROOT}/.venv/bin/activate' in done.stderr
 
 

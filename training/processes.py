@@ -82,7 +82,8 @@ def initialize(
         jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # The latter where no GPU is visible at all.
         reason = str(error) or 'it finds none'
-        raise StartError(f'JAX could not start its devices: {reason}. {_remedy()}') from error
+        text = f'JAX could not start its devices: {reason}. {_remedy()}'
+        raise StartError(text.rstrip()) from error
     if jax.default_backend() == 'cpu' and jax.local_device_count() > backend.CPU_THREADS:
         raise StartError(
             f'{jax.local_device_count()} CPU devices in a process; use at most '

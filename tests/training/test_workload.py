@@ -3,11 +3,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -119,8 +121,13 @@ ENDLESS = (
 def started(folder, *arguments):
     """The program, in a process group of its own, and what it has said up to its first steps."""
     command = [sys.executable, PROGRAM, f'--config={folder}/dummy.json', *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout
+    process: Any = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stdout:
         if '  step ' in line:
             break
@@ -140,11 +147,17 @@ def test_ctrl_c_in_a_terminal_saves_though_it_reaches_decoding_processes_too(fol
 def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(folder):
     """As under `| head`, or when the terminal is lost."""
     process = started(folder, *ENDLESS, f'--workdir={folder}/unread')
-    assert process.stdout
     process.stdout.close()
     time.sleep(0.5)  # Some lines long.
     process.terminate()
     assert process.wait(timeout=60) == errors.INTERRUPTED
+
+
+def test_a_run_whose_errors_nobody_reads_fails_with_its_status(folder):
+    process = started(folder, *ENDLESS, f'--workdir={folder}/fails')
+    process.stdout.close()
+    shutil.rmtree(folder / 'fails')
+    assert process.wait(timeout=60) == errors.FAILED
 
 
 def test_processes_that_do_not_share_the_work_directory_are_rejected_each_time(folder):

@@ -3,9 +3,15 @@
 
 from typing import Any
 
+import pytest
+
 from configs import common
 from settings.hyperparameters import resolve
 from workloads.llama31_8b.fields import LlamaConfig
+
+RULESETS = ('5.1.0', '6.0.0', '6.1.0')
+# For what takes seconds: the newest is enough of a fast test.
+EACH_RULESET = [*(pytest.param(v, marks=pytest.mark.slow) for v in RULESETS[:-1]), RULESETS[-1]]
 
 # At a batch of 16, as in the official reference convergence points.
 CLOSED: dict[str, Any] = {

@@ -81,8 +81,9 @@ def test_devices_that_do_not_divide_the_width_are_rejected():
         check_split(task, 5)
 
 
-def test_the_first_loss_is_of_equal_probabilities():
-    _, losses = trained(1, 'float32')
+@pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
+def test_the_first_loss_is_of_equal_probabilities(dtype):
+    _, losses = trained(1, dtype)
     assert abs(losses[0] - np.log(SMALL.vocabulary)) < 0.1
     assert len(set(losses)) == STEPS
 

@@ -21,13 +21,11 @@ from settings.errors import ConfigError, DatasetError
 from settings.hyperparameters import resolve
 from tests.end_to_end.program import Program, share_programs
 from tests.harness import is_same
-from tests.workloads.llama31_8b.configurations import configure
+from tests.workloads.llama31_8b.configurations import EACH_RULESET, RULESETS, configure
 from workloads.llama31_8b import course, samples, workload
 from workloads.llama31_8b.fields import LlamaConfig
 from workloads.llama31_8b.token_files import write
 from workloads.llama31_8b.workload import WORKLOAD
-
-RULESETS = ('5.1.0', '6.0.0', '6.1.0')
 
 
 @pytest.fixture(scope='module')
@@ -137,9 +135,7 @@ def finished(data_dir, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(
-    'version', [*(pytest.param(v, marks=pytest.mark.slow) for v in RULESETS[:-1]), RULESETS[-1]]
-)
+@pytest.mark.parametrize('version', EACH_RULESET)
 def test_the_checker_accepts_its_log(finished, version, capsys):
     run = finished(version)
     assert judge_run.main([str(run.workdir)]) == 0
