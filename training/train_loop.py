@@ -51,7 +51,7 @@ def set_up(
     template, step = train_lib.abstract_state(model), found.step
     shown = processes.run_on_lead(lambda: Progress(workdir, plan, step))
     progress = shown or Progress(None, plan, 0)
-    saver = CheckpointSaver(workdir / 'checkpoints', _reporter(progress), found.damaged)
+    saver = CheckpointSaver(workdir / 'checkpoints', reporter(progress), found.damaged)
     about = (dataset.digest, template.variables, workload.particulars(config))
     for line in banner.lines(config, plan, *about, workdir, step, found.fingerprint):
         progress.say(line)
@@ -78,7 +78,7 @@ def set_up(
         return Run(parts, start.state(found, config, model, mesh))
 
 
-def _reporter(progress: Progress) -> Callable[[str], None]:
+def reporter(progress: Progress) -> Callable[[str], None]:
     """Shows what any process has to report; the progress is process 0's alone."""
     if processes.is_lead():
         return progress.say

@@ -180,6 +180,14 @@ def test_a_token_depends_on_those_of_its_window_alone():
     assert one == other
 
 
+@pytest.mark.parametrize('content', [b'{}', b'\xff'])
+def test_what_is_no_tokenizer_is_named(checkpoint, tmp_path, capsys, content):
+    pytest.importorskip('tokenizers')
+    (tmp_path / 'tokenizer.model').write_bytes(content)
+    assert generate.main([str(checkpoint), 'a', f'--tokenizer={tmp_path}/tokenizer.model']) == 2
+    assert 'tokenizer.model is not a tokenizer.json: ' in capsys.readouterr().err
+
+
 def test_a_text_that_cannot_be_continued_is_named(checkpoint, capsys):
     assert generate.main([str(checkpoint), '']) == 2
     assert 'the text must have a token' in capsys.readouterr().err

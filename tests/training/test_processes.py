@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from run_files.progress import Progress
 from scripts.launch import free_port
 from settings import backend
-from training import processes
+from tests.run_files.test_progress import DIGITS
+from training import processes, train_loop
 
 PROGRAM = Path(__file__).with_name('joined.py')
 LAUNCH = PROGRAM.parents[2] / 'scripts' / 'launch.py'
@@ -153,6 +155,12 @@ def test_what_process_0_alone_cannot_do_ends_all_with_its_status():
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 3, said
         assert ('error: the disk is full' if i == 0 else 'error: process 0 could not') in said
+
+
+def test_what_another_process_than_0_reports_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(jax, 'process_index', lambda: 3)
+    train_loop.reporter(Progress(None, DIGITS, 0))('its part could not be saved')
+    assert capsys.readouterr().out == 'process 3: its part could not be saved\n'
 
 
 def test_each_process_saves_its_own_part_of_an_array(tmp_path):
