@@ -155,9 +155,16 @@ def init_key(high: Any, low: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.key(high), low)
 
 
-def create_train_state(key: jax.Array, model: Model) -> TrainState:
+@functools.partial(jax.jit, static_argnames='task')
+def initial_variables(key: jax.Array, *, task: Task) -> Variables:
+    """A task's variables at step 0. Traced once for a task, however often it is called."""
+    return dict(task.init(key))
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def create_train_state(key: jax.Array, *, model: Model) -> TrainState:
     """The state at step 0. Pure: the same key gives the same state, bit for bit."""
-    variables = dict(model.task.init(key))
+    variables = initial_variables(key, task=model.task)
     return TrainState(
         variables,
         model.optimizer.init(variables),
@@ -166,17 +173,21 @@ def create_train_state(key: jax.Array, model: Model) -> TrainState:
     )
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def _created(key: jax.Array, *, model: Model) -> TrainState:
-    """`create_train_state`, traced once for a model."""
-    return create_train_state(key, model)
+def abstract_variables(task: Task) -> Variables:
+    """A task's variables as shapes and dtypes."""
+    shapes: Variables = initial_variables.eval_shape(_abstract_key(), task=task)
+    return shapes
 
 
 def abstract_state(model: Model) -> TrainState:
     """The state as shapes and dtypes."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes: TrainState = _created.eval_shape(key, model=model)
+    shapes: TrainState = create_train_state.eval_shape(_abstract_key(), model=model)
     return shapes
+
+
+def _abstract_key() -> jax.Array:
+    key: jax.Array = jax.eval_shape(lambda: jax.random.key(0))
+    return key
 
 
 def to_saved(state: TrainState) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def train_fp64(config, plan, micro_batches):
         first = jax.tree.map(lambda a: a.astype(np.float64), dict(task.init(jax.random.key(0))))
         mesh = Mesh(np.array(jax.devices()[: plan.num_devices]), (train_lib.AXIS,))
         # Where the step leaves it, or the second one would be compiled again.
-        state = train_lib.create_train_state(jax.random.key(0), model)
+        state = train_lib.create_train_state(jax.random.key(0), model=model)
         state = dataclasses.replace(
             state,
             variables=first,

@@ -6,7 +6,8 @@ Programs are compiled ahead of time, from shapes alone.
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -35,6 +36,21 @@ class Programs(NamedTuple):
     train: jax.stages.Compiled
     evaluate: jax.stages.Compiled
     fingerprints: jax.stages.Compiled
+
+
+@contextlib.contextmanager
+def without_garbage_collector() -> Iterator[None]:
+    """Leaves cyclic garbage where it is: tracing makes millions of objects, and nearly all stay.
+
+    To search them all again and again takes a tenth of a start (docs/performance.md, change 16).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def make_mesh() -> Mesh:
@@ -98,7 +114,7 @@ def initial_state(seed: int, model: Model, mesh: Mesh) -> TrainState:
 
     @jax.enable_x64(jax.enable_x64.value)
     def create(words):
-        return train_lib.create_train_state(train_lib.init_key(*words), model)
+        return train_lib.create_train_state(train_lib.init_key(*words), model=model)
 
     shapes = placed_shapes(mesh, train_lib.abstract_state(model), model.task.split)
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
@@ -171,7 +187,7 @@ def trace_train(model: Model, micro_batch_size: int, mesh: Mesh) -> jax.stages.T
 
 def trace_evaluate(task: Task, micro_batch_size: int, mesh: Mesh) -> jax.stages.Traced:
     """The evaluation step for so many examples a device, uncompiled."""
-    variables = dict(jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0))))
+    variables = train_lib.abstract_variables(task)
     where = specs(variables, task.split)
     step = lifted(functools.partial(train_lib.eval_step, task=task), mesh, (where, SHARDED))
     return step.trace(

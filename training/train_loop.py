@@ -35,6 +35,7 @@ from training.watchdog import Watchdog
 from training.workload import Workload, model_of, plan_of
 
 
+@compilation.without_garbage_collector()
 def set_up(
     workload: Workload,
     config: Config,

@@ -7,10 +7,10 @@ A workload is a folder in `workloads/`; nothing here or below names one.
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import jax
 import optax
 
 import exact_sums
+import train_lib
 from accumulation import accumulated
 from input_pipeline import Pipeline, Share
 from settings.errors import ConfigError
@@ -112,8 +112,7 @@ def plan_of(workload: Workload, config: Config, dataset: Dataset, num_devices: i
 
 def check_split(task: Task, num_devices: int) -> None:
     """Rejects a number of devices that a task's variables cannot be split over, by ConfigError."""
-    variables = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
-    shapes = {name: x.shape for name, x in exact_sums.named(dict(variables))}
+    shapes = {name: x.shape for name, x in exact_sums.named(train_lib.abstract_variables(task))}
     for name, dimension in task.split.items():
         if shapes[name][dimension] % num_devices:
             raise ConfigError(
