@@ -8,6 +8,7 @@ import hashlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,20 @@ os.environ.setdefault(
 )
 # A shell's background jobs ignore SIGINT, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope='module')
+def compiled_quickly() -> Iterator[None]:
+    """Compiles the programs of the modules that use it with hardly any optimisation.
+
+    For tests of what is computed up to rounding. No other module must meet these programs.
+    """
+    import jax
+
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+    jax.clear_caches()
 
 
 def _path_named_by(variable: str, content: str) -> Path:

@@ -51,14 +51,19 @@ def assert_same(a, b):
     assert is_same(train_lib.to_saved(a.state), train_lib.to_saved(b.state))
 
 
+def train_digits(digits_dir, *, seed=3, steps=10, devices=1, **overrides):
+    config = tiny(digits_dir, seed=seed, **overrides)
+    return train(config, devices=devices, steps=steps, task_type=OneBlock)
+
+
 @pytest.fixture(scope='module')
 def on_one_device(digits_dir):
-    return train(tiny(digits_dir))
+    return train_digits(digits_dir)
 
 
 @pytest.mark.parametrize('devices', [*(pytest.param(d, marks=pytest.mark.slow) for d in (2, 4)), 8])
 def test_digits_do_not_depend_on_the_number_of_devices(digits_dir, on_one_device, devices):
-    assert_same(train(tiny(digits_dir), devices=devices), on_one_device)
+    assert_same(train_digits(digits_dir, devices=devices), on_one_device)
     assert int(on_one_device.state.step) == 10
 
 
@@ -82,18 +87,18 @@ def test_bottlenecks_do_not_depend_on_the_number_of_devices(digits_dir, optimize
 
 
 def test_another_micro_batch_is_the_same_mathematics(digits_dir, on_one_device):
-    whole = train(tiny(digits_dir, micro_batch_size=BATCH), steps=1)
-    parts = train(tiny(digits_dir), steps=1)
+    whole = train_digits(digits_dir, micro_batch_size=BATCH, steps=1)
+    parts = train_digits(digits_dir, steps=1)
     assert not is_same(whole.state.variables, parts.state.variables)
     assert distance(whole.state.variables, parts.state.variables) <= 1e-6
 
 
 def test_same_seed_is_bitwise_equal_and_another_seed_is_not(digits_dir, on_one_device):
-    again = train(tiny(digits_dir))
+    again = train_digits(digits_dir)
     assert is_same(again.state, on_one_device.state)
     assert is_same(again.metrics, on_one_device.metrics)
     assert is_same(again.batches, on_one_device.batches)
-    other = train(tiny(digits_dir, seed=4))
+    other = train_digits(digits_dir, seed=4)
     assert (
         max(differences(other.state.variables['params'], again.state.variables['params']).values())
         > 0.1

@@ -8,10 +8,8 @@ import pytest
 from experiments import known_fingerprints
 
 
-@pytest.mark.parametrize(
-    'dtype',
-    ['float32', *(pytest.param(d, marks=pytest.mark.slow) for d in ('bfloat16', 'float16'))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_the_fingerprint_is_the_known_one(digits_dir, dtype):
     ours = known_fingerprints.found(dtype, digits_dir)
     expected = known_fingerprints.known(ours)

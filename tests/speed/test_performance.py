@@ -29,8 +29,8 @@ from workloads.resnet.task import ImageClassification
 
 ROOT = Path(__file__).parents[2]
 BATCH, SPAN, SIZE = 8, 4, 32
-# TinyBottleneck's: stem; three blocks of three; a projection in either stage.
-BLOCKS = 3
+# TinyBottleneck's: stem; two blocks of three, each with a projection.
+BLOCKS = 2
 CONVOLUTIONS = 1 + 3 * BLOCKS + 2
 POINTWISE = 2 * BLOCKS + 2  # Of these 1×1, which fp32 has as products of matrices.
 

@@ -23,13 +23,12 @@ from tests import harness
 from training import checkpointing, compilation, restoring
 from training.checkpoint_saver import CheckpointSaver
 from workloads.llama31_8b.task import LanguageModelling
-from workloads.resnet.task import ImageClassification
 
 
-def model_of(*, devices=1, **overrides):
+def model_of(*, devices=1, task_type=harness.OneBlock, **overrides):
     config = harness.resolve('digits', 'nowhere', **overrides)
     plan = harness.plan_for(config, num_train=1437, num_eval=360, num_devices=devices)
-    return harness.model_for(config, plan, ImageClassification(config, 10))
+    return harness.model_for(config, plan, task_type(config, 10))
 
 
 def template(**kwargs):
@@ -259,7 +258,7 @@ def test_it_is_an_error_when_none_is_whole(two_saved, tmp_path):
 
 def test_another_models_checkpoint_is_rejected(two_saved):
     with pytest.raises(CheckpointError, match='another model or optimizer'):
-        find(two_saved, model_of(model='resnet18_cifar', image_size=32))
+        find(two_saved, model_of(task_type=harness.TinyBottleneck))
 
 
 def test_it_does_not_depend_on_devices_and_accumulation():
@@ -297,7 +296,7 @@ def test_an_array_that_is_not_what_was_written_is_named(two_saved, tmp_path):
 
 @pytest.mark.parametrize('head', [(), ('params', 'fc')])
 def test_weights_of_another_model_start_no_run(two_saved, head):
-    other = template(model='resnet18_cifar', image_size=32).variables
+    other = template(task_type=harness.TinyBottleneck).variables
     with pytest.raises(CheckpointError, match='of another model'):
         restoring.check_weights(two_saved / '7', other, head)
 

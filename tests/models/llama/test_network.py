@@ -15,6 +15,8 @@ from tests.harness import equations
 from tests.models.llama.cases import FOLDER, NAMES, Case, loss
 from workloads.llama31_8b import hugging_face
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SMALL = Architecture(3, 32, 48, 4, 2, 8, 64)
 
 

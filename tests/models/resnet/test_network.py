@@ -14,6 +14,8 @@ from models.resnet.pooling import max_pool_3x3_stride_2
 from tests.harness import resolve
 from workloads.resnet.task import ImageClassification
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -31,6 +31,8 @@ else:
     torch = pytest.importorskip('torch')
 from tests import torchvision_models
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CLASSES, LABEL_SMOOTHING = 10, 0.1
 SPAN = 4
 # Odd heights and widths tell symmetric padding from any other at every stride.

@@ -13,6 +13,8 @@ import exact_sums
 from tests.models.llama.cases import FOLDER, NAMES, Case, loss
 from workloads.llama31_8b import hugging_face, optimizers
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SCHEDULES = json.loads((FOLDER.parent / 'lr_schedule.json').read_text())['cases']
 ADAMW = {'beta_1': 0.9, 'beta_2': 0.95, 'epsilon': 1e-5, 'weight_decay': 0.1}
 

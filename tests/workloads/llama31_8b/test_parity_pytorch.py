@@ -19,6 +19,8 @@ transformers = pytest.importorskip('transformers')
 
 from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 SIZES = Architecture(2, 64, 160, 8, 2, 8, 512)
 LENGTH, MICRO_BATCHES, EACH, STEPS = 128, 4, 2, 20
 BASE, END, WARMUP, LAST = 3e-3, 3e-4, 5, 40
@@ -41,17 +43,18 @@ def ours(params):
     state, losses = optimizer.init(params), []
 
     @jax.jit
-    def step(params, state, tokens):
-        found = [
-            network.gradient(params, micro, Layer(SIZES, jnp.dtype('float64')), jnp.float64(1))
-            for micro in tokens
-        ]
-        loss, gradient = jax.tree.map(lambda *x: sum(x) / len(x), *found)
+    def gradient_of(params, micro):
+        return network.gradient(params, micro, Layer(SIZES, jnp.dtype('float64')), jnp.float64(1))
+
+    @jax.jit
+    def moved(params, state, gradient):
         updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss
+        return optax.apply_updates(params, updates), state
 
     for number in range(STEPS):
-        params, state, loss = step(params, state, tokens_of(number))
+        found = [gradient_of(params, micro) for micro in tokens_of(number)]
+        loss, gradient = jax.tree.map(lambda *x: sum(x) / len(x), *found)
+        params, state = moved(params, state, gradient)
         losses.append(float(loss))
     return losses, dict(hugging_face.exported(jax.device_get(params)))
 
