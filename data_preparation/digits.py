@@ -16,7 +16,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from sklearn.datasets import load_digits
 
 from data_preparation import dataset
 
@@ -44,6 +43,8 @@ def encode_png(image: np.ndarray) -> bytes:
 
 def examples(split: str) -> Iterator[tuple[int, str, bytes, int]]:
     """The examples of a split as `dataset.prepare` takes them."""
+    from sklearn.datasets import load_digits  # It takes half a second.
+
     images, labels = load_digits().images, load_digits().target
     for i in np.flatnonzero(test_mask(labels) == (split == 'test')).tolist():
         yield i, f'{i:04d}', encode_png(images[i]), int(labels[i])

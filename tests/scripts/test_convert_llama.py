@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint of Llama as Hugging Face's folder and back; and a text that is continued."""
 
+import functools
 import json
 
 import jax
@@ -19,10 +20,15 @@ ARCHITECTURE = ARCHITECTURES['llama_bytes']
 CONFIG = {'model': 'llama_bytes', 'sequence_length': 128}
 
 
+@functools.cache
+def random_weights():
+    return jax.jit(network.init, static_argnums=1)(jax.random.key(3), ARCHITECTURE)
+
+
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp('checkpoints') / '7'
-    params = jax.device_get(network.init(jax.random.key(3), ARCHITECTURE))
+    params = jax.device_get(random_weights())
     tree = {'variables': {'params': params}, 'step': np.int32(7)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpointing, 'CHUNK', 20_000)  # So that arrays have many chunks.
@@ -173,7 +179,7 @@ def test_a_text_is_continued(checkpoint, capsys):
 
 
 def test_a_token_depends_on_those_of_its_window_alone():
-    params = network.init(jax.random.key(3), ARCHITECTURE)
+    params = random_weights()
     how = {'count': 6, 'length': 8, 'temperature': 0.5, 'seed': 1}
     one = generate.continuation(params, ARCHITECTURE, [1] * 5 + [2] * 8, **how)
     other = generate.continuation(params, ARCHITECTURE, [3] * 5 + [2] * 8, **how)

@@ -18,6 +18,7 @@ from workloads.llama31_8b import hugging_face
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
 SMALL = Architecture(3, 32, 48, 4, 2, 8, 64)
+initial = jax.jit(network.init, static_argnums=1)
 
 
 @pytest.fixture(params=NAMES)
@@ -25,8 +26,18 @@ def case(request):
     return Case(request.param)
 
 
-PRECISIONS = pytest.mark.parametrize(
-    ('dtype', 'golden', 'close'), [('float64', 'f64', 1e-10), ('float32', 'f32', 5e-5)]
+CASES = pytest.mark.parametrize(
+    ('case', 'dtype', 'golden', 'close'),
+    [
+        *((name, 'float64', 'f64', 1e-10) for name in NAMES),
+        *(
+            pytest.param(
+                name, 'float32', 'f32', 5e-5, marks=[pytest.mark.slow] * (name == 'long_8192')
+            )
+            for name in NAMES
+        ),
+    ],
+    indirect=['case'],
 )
 
 
@@ -38,7 +49,7 @@ def elsewhere(request, case):
     return request.getfixturevalue('official_outputs')
 
 
-@PRECISIONS
+@CASES
 def test_logits_are_the_official_ones(case, elsewhere, dtype, golden, close):
     with jax.enable_x64(dtype == 'float64'):
         params, tokens = case.params(dtype), case.tokens(0)[:, :-1]
@@ -54,7 +65,7 @@ def test_logits_are_the_official_ones(case, elsewhere, dtype, golden, close):
     np.testing.assert_allclose(found[:, positions], expected, rtol=0, atol=close)
 
 
-@PRECISIONS
+@CASES
 def test_losses_and_gradients_are_the_official_ones(case, dtype, golden, close):
     with jax.enable_x64(dtype == 'float64'):
         params, tokens = case.params(dtype), case.tokens(0)
@@ -114,7 +125,7 @@ def test_operations_of_a_token_are_those_of_its_products(small):
 
 def test_weights_start_as_the_rules_say():
     a = Architecture(8, 128, 256, 4, 2, 32, 512)
-    params = network.init(jax.random.key(1), a)
+    params = initial(jax.random.key(1), a)
     for name, array in hugging_face.exported(jax.tree.map(np.asarray, params)):
         if name.endswith('norm.weight'):
             assert (array == 1).all()
@@ -130,7 +141,7 @@ def test_weights_start_as_the_rules_say():
 
 @pytest.fixture(scope='module')
 def small():
-    params = network.init(jax.random.key(2), SMALL)
+    params = initial(jax.random.key(2), SMALL)
     tokens = np.random.default_rng(2).integers(0, SMALL.vocabulary, (2, 17))
     return jax.tree.map(lambda x: np.asarray(5 * x, np.float64), params), tokens
 
