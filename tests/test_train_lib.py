@@ -67,14 +67,16 @@ def test_digits_do_not_depend_on_the_number_of_devices(digits_dir, on_one_device
     assert int(on_one_device.state.step) == 10
 
 
+def test_half_precision_does_not_depend_on_the_number_of_devices(digits_dir):
+    one, two = (train_digits(digits_dir, dtype='bfloat16', devices=d, steps=4) for d in (1, 2))
+    assert_same(one, two)
+
+
 # Every optimizer and dtype; experiments/topologies.py has all pairs on all numbers of devices.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('optimizer', 'dtype', 'devices'),
-    [
-        ('sgd', 'bfloat16', 2),
-        pytest.param('lars', 'float32', 8, marks=pytest.mark.slow),
-        pytest.param('lars', 'float16', 4, marks=pytest.mark.slow),
-    ],
+    [('sgd', 'bfloat16', 2), ('lars', 'float32', 8), ('lars', 'float16', 4)],
 )
 def test_bottlenecks_do_not_depend_on_the_number_of_devices(digits_dir, optimizer, dtype, devices):
     recipe = {'optimizer': optimizer, 'dtype': dtype, 'image_size': 32, 'warmup_epochs': 0}

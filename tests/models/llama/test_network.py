@@ -29,13 +29,9 @@ def case(request):
 CASES = pytest.mark.parametrize(
     ('case', 'dtype', 'golden', 'close'),
     [
-        *((name, 'float64', 'f64', 1e-10) for name in NAMES),
-        *(
-            pytest.param(
-                name, 'float32', 'f32', 5e-5, marks=[pytest.mark.slow] * (name == 'long_8192')
-            )
-            for name in NAMES
-        ),
+        pytest.param(name, *how, marks=[pytest.mark.slow] if name == 'long_8192' else [])
+        for name in NAMES
+        for how in (('float64', 'f64', 1e-10), ('float32', 'f32', 5e-5))
     ],
     indirect=['case'],
 )
