@@ -28,7 +28,7 @@ from workloads.resnet.workload import WORKLOAD
 class TinyBottleneck(ImageClassification):
     """The task with a ResNet-50 in miniature: large stem, max-pool, bottlenecks, projections."""
 
-    shape: Mapping[str, Any] = {'stage_sizes': (1, 1), 'bottleneck': True, 'large_stem': True}
+    shape: Mapping[str, Any] = {'stage_sizes': (1, 2), 'bottleneck': True, 'large_stem': True}
 
     @property
     def model(self):

@@ -7,13 +7,14 @@ buffer twice. The step is read as JAX traces it, whatever a compiler then makes 
 """
 
 import functools
+import gc
 import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,13 @@ import train_lib
 from models.resnet.batch_norm import BatchNorm
 from tests.harness import TinyBottleneck, equations, model_for, plan_for, resolve
 from training import compilation
+from training.workload import check_split
 from workloads.resnet.task import ImageClassification
 
 ROOT = Path(__file__).parents[2]
 BATCH, SPAN, SIZE = 8, 4, 32
-# TinyBottleneck's: stem; two blocks of three, each with a projection.
-BLOCKS = 2
+# TinyBottleneck's: stem; three blocks of three; a projection in either stage.
+BLOCKS = 3
 CONVOLUTIONS = 1 + 3 * BLOCKS + 2
 POINTWISE = 2 * BLOCKS + 2  # Of these 1×1, which fp32 has as products of matrices.
 
@@ -213,6 +215,40 @@ def imported_by(*command) -> set[str]:
     done = run('-X', 'importtime', *command)
     assert done.returncode == 0, done.stderr
     return set(re.findall(r'^import time:.*\| +(\S+)$', done.stderr, re.M))
+
+
+class Counted(TinyBottleneck):
+    """Notes every time that its variables are traced."""
+
+    traced: ClassVar[list[bool]] = []
+
+    def init(self, key):
+        self.traced.append(True)
+        return super().init(key)
+
+
+def test_a_start_traces_a_tasks_variables_once():
+    """Whether it asks for their shapes, their split, the evaluation or the variables themselves."""
+    model, size, mesh = parts(Counted)
+    check_split(model.task, mesh.size)
+    compilation.trace_train(model, size, mesh)
+    compilation.trace_evaluate(model.task, size, mesh)
+    compilation.initial_state(1, model, mesh)
+    assert Counted.traced == [True]
+
+
+def test_a_start_without_the_garbage_collector_gives_it_back_even_if_it_fails():
+    during = []
+
+    @compilation.without_garbage_collector()
+    def fails():
+        during.append(gc.isenabled())
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        fails()
+    assert during == [False]
+    assert gc.isenabled()
 
 
 def test_help_needs_no_jax():
