@@ -8,7 +8,6 @@ JAX's types have 32 bits outside of these functions; none uses float64.
 """
 
 import dataclasses
-import itertools
 import math
 import types
 from collections.abc import Collection, Mapping
@@ -104,15 +103,9 @@ def psum(tree: Any, formats: Any, axis: str) -> tuple[Any, jax.Array, jax.Array]
     broadcast = jax.tree.map(lambda form, part: jax.tree.map(lambda _: form, part), formats, tree)
     arrays, structure = jax.tree.flatten(tree)
     forms = jax.tree.leaves(broadcast)
-    # One vector: each collective is a synchronization.
-    parts = [form.encode(x).ravel() for form, x in zip(forms, arrays, strict=True)]
-    vector = lax.psum(jnp.concatenate(parts), axis)
+    # One call for all, of which XLA makes one collective: each is a synchronization.
+    sums = lax.psum([form.encode(x) for form, x in zip(forms, arrays, strict=True)], axis)
     words = lax.pmax(jnp.stack([_word(x) for x in arrays]), axis)
-    stops = itertools.accumulate(x.size for x in arrays)
-    sums = [
-        lax.slice(vector, [stop - x.size], [stop]).reshape(x.shape)
-        for stop, x in zip(stops, arrays, strict=True)
-    ]
     found = [_largest(word) for word in words]
     rejected = [form.rejected(each) for form, each in zip(forms, found, strict=True)]
     return (
