@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from run_files import machine
 from settings import hyperparameters, loading
 from tests.end_to_end.program import Program
 from workloads import by_name
@@ -56,17 +57,30 @@ def found(dtype: str, data_dir: Path) -> dict[str, Any]:
         environment = loading.read_object(run.workdir / 'environment.json')
         *_, mark = [line['fingerprint'] for line in run.evaluated()]
     decisive = hyperparameters.decisive(config, by_name.config_type(config))
-    machine = environment['machine']
+    settings = environment['machine']['settings']
     return {
         'dtype': dtype,
         'configuration': hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16],
         'versions': {name: environment['versions'][name] for name in ('jax', 'jaxlib')},
         'device': environment['device_kind'],
-        'cuda': machine['cuda_packages'] if machine['gpus'] else {},
-        'processor': f'{machine["processor"]}, {machine["processor_model"]}',
-        'caches': machine['caches'],
-        'settings': {n: machine['settings'].get(n) for n in ('NPROC', 'XLA_FLAGS')},
+        **described(environment['machine']),
+        'settings': {n: settings.get(n) for n in ('NPROC', 'XLA_FLAGS')},
         'fingerprint': mark,
+    }
+
+
+def has_machine() -> bool:
+    """Whether the table has a fingerprint of a machine like this one, with whatever versions."""
+    ours = described(machine.describe())
+    return any(ours.items() <= entry.items() for entry in json.loads(TABLE.read_text()))
+
+
+def described(of: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a machine's description, what rounding depends on."""
+    return {
+        'cuda': of['cuda_packages'] if of['gpus'] else {},
+        'processor': f'{of["processor"]}, {of["processor_model"]}',
+        'caches': of['caches'],
     }
 
 

@@ -13,22 +13,6 @@ from tests.end_to_end.program import run, share_programs
 pytestmark = pytest.mark.slow
 
 
-def test_two_processes_stopped_and_resumed_as_one_leave_one_good_log(program):
-    resumed = program(**EASY).start(cpus=2)
-    resumed.until(lambda: resumed.events('eval_stop'))
-    resumed.process.terminate()
-    assert resumed.wait() == 75, resumed.said()
-    judged = run('scripts/judge_run.py', resumed.workdir)
-    assert judged.returncode == 2
-    assert 'run_stop is missing' in judged.stderr
-    assert resumed.run() == 0, resumed.said()
-    judged = run('scripts/judge_run.py', resumed.workdir)
-    assert judged.returncode == 0, judged.stdout
-    steps = [line['step'] for line in resumed.evaluated()]
-    assert steps == sorted(set(steps))
-    assert len(resumed.accuracies()) == len(steps)
-
-
 def test_a_run_that_misses_its_target_is_no_result(undisturbed):
     judged = run('scripts/judge_run.py', undisturbed.workdir)
     assert judged.returncode == 1

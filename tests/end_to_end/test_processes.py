@@ -8,27 +8,13 @@ import sys
 import pytest
 
 from tests.end_to_end.conftest import EASY
-from tests.end_to_end.program import ROOT, Program
+from tests.end_to_end.program import ROOT, Program, run
 from tests.harness import is_same
 
 pytestmark = pytest.mark.slow
 
 LAUNCH = ROOT / 'scripts' / 'launch.py'
 DIGESTS = ROOT / 'tests' / 'end_to_end' / 'batch_digests.py'
-
-
-def assert_same(run, other):
-    """Two runs that have ended agree in every bit that they kept, and in every evaluation."""
-    assert is_same(run.checkpoint(), other.checkpoint())
-    assert run.accuracies() == other.accuracies()
-    assert len(run.events('run_start')) == len(run.events('run_stop')) == 1
-
-
-def test_two_processes_train_as_one_does(program, reached):
-    """More ways: experiments/topologies.py, tests/test_train_lib.py."""
-    run = program(**EASY)
-    assert run.run(cpus=2) == 0, run.said()
-    assert_same(run, reached)
 
 
 def test_processes_are_given_the_bytes_of_the_whole_batch(digits_dir, tmp_path):
@@ -48,25 +34,38 @@ def test_processes_are_given_the_bytes_of_the_whole_batch(digits_dir, tmp_path):
     assert given[0] == given[1]
 
 
-def test_a_run_moves_between_topologies(program, reached):
-    """Stopped on one process with eight devices, then on two processes, ends on one device."""
-    run = program('elastic', **EASY)
+def test_a_run_moves_between_topologies_and_leaves_one_good_log(program, reached):
+    """Stopped on one process with eight devices, then on two processes, ends on one device.
+
+    More ways: experiments/topologies.py, tests/test_train_lib.py.
+    """
+    moved = program(**EASY)
     for how, epoch in (({'devices': 8}, 1), ({'cpus': 2}, 2)):
-        run.start(**how)
-        run.until_said(f'epoch      {epoch} ')
-        run.process.terminate()
-        assert run.wait() == 75, run.said()
-    assert run.run() == 0, run.said()
-    assert_same(run, reached)
+        moved.start(**how)
+        moved.until_said(f'epoch      {epoch} ')
+        moved.process.terminate()
+        assert moved.wait() == 75, moved.said()
+    judged = run('scripts/judge_run.py', moved.workdir)
+    assert judged.returncode == 2
+    assert 'run_stop is missing' in judged.stderr
+
+    assert moved.run() == 0, moved.said()
+    assert is_same(moved.checkpoint(), reached.checkpoint())
+    assert moved.accuracies() == reached.accuracies()
+    judged = run('scripts/judge_run.py', moved.workdir)
+    assert judged.returncode == 0, judged.stdout
+    steps = [line['step'] for line in moved.evaluated()]
+    assert steps == sorted(set(steps))
+    assert len(moved.events('run_start')) == len(moved.events('run_stop')) == 1
 
 
 def test_a_second_start_uses_what_the_first_compiled(digits_dir, tmp_path):
-    run = Program(tmp_path / 'run', digits_dir, max_epochs=1)
+    trained = Program(tmp_path / 'run', digits_dir, max_epochs=1)
     cache = tmp_path / 'compilation_cache'
     used = []
     for _ in range(2):
-        shutil.rmtree(run.workdir, ignore_errors=True)
-        assert run.run() == 1, run.said()
+        shutil.rmtree(trained.workdir, ignore_errors=True)
+        assert trained.run() == 1, trained.said()
         # JAX notes the time of every use of a program, if the cache is bounded. That of evaluation
         # may compile too fast to be worth keeping.
         used.append({p.name: p.read_bytes() for p in cache.glob('*train_step*-atime')})

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 import train_lib
 from models.resnet.batch_norm import BatchNorm
+from tests.end_to_end.program import share_programs
 from tests.harness import TinyBottleneck, equations, model_for, plan_for, resolve
 from training import compilation
 from training.workload import check_split
@@ -311,7 +312,7 @@ def test_fp32_check_runs():
 def test_a_profile_is_written(tmp_path, digits_dir):
     done = run(
         'main.py',
-        f'--workdir={tmp_path / "run"}',
+        f'--workdir={share_programs(tmp_path) / "run"}',
         f'--config.data_dir={digits_dir}',
         '--config.max_epochs=1',
         '--config.eval_every_epochs=1',
