@@ -5,7 +5,9 @@ The state of a Llama with a checkpoint of 1.2 GB, over the CPU devices of severa
 saved in the background and then read again. For each process: the bytes of its own part, and how
 far its memory went beyond what it held before the save, or holds after the start; also as a ratio.
 
-    python experiments/checkpoint_memory.py [--processes=2] [--devices=2]
+    python experiments/checkpoint_memory.py [--processes=2] [--devices=2] [--small]
+
+With --small the state has a few MB, so what is measured is the memory of the programs.
 """
 
 import argparse
@@ -39,7 +41,7 @@ def settle() -> int:
     return in_memory('VmRSS')
 
 
-def measure(place: tuple[str, int, int], directory: Path) -> str:
+def measure(place: tuple[str, int, int], directory: Path, small: bool) -> str:
     """One process of those that save and read; a line of the table."""
     import jax
     import optax
@@ -53,7 +55,8 @@ def measure(place: tuple[str, int, int], directory: Path) -> str:
 
     processes.initialize(*place, timeout=60)
     mesh = compilation.make_mesh()
-    task = LanguageModelling(Architecture(8, 768, 2048, 12, 4, 64, 32000), 128, 'float32')
+    sizes = (8, 64, 128, 4, 4, 16, 512) if small else (8, 768, 2048, 12, 4, 64, 32000)
+    task = LanguageModelling(Architecture(*sizes), 128, 'float32')
     optimizer = accumulation.accumulated(optax.adam(1e-3), 1, mesh.size, task.split)
     model = train_lib.Model(task, optimizer, optax.constant_schedule(1e-3), mesh.size)
     saver = CheckpointSaver(directory, print)
@@ -104,12 +107,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--devices', type=int, default=2, help='of each process')
+    parser.add_argument('--small', action='store_true', help='a network of hardly any weights')
     parser.add_argument('--process_id', type=int, help=argparse.SUPPRESS)
     parser.add_argument('--directory', type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.process_id is not None:
         address = os.environ['COORDINATOR']
-        print(measure((address, flags.processes, flags.process_id), flags.directory))
+        place = (address, flags.processes, flags.process_id)
+        print(measure(place, flags.directory, flags.small))
         return 0
     print('| process | devices | own part | saving: beyond it, of the part | resuming |')
     print('|---|---|---|---|---|', flush=True)
@@ -120,7 +125,7 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, f'--processes={flags.processes}',
-                   f'--directory={folder}/checkpoints']  # fmt: skip
+                   f'--directory={folder}/checkpoints', *['--small'] * flags.small]  # fmt: skip
         running = [
             subprocess.Popen([*command, f'--process_id={i}'], env=environment)
             for i in range(flags.processes)

@@ -25,7 +25,7 @@ from exact_sums import named
 from fingerprints import shown
 from settings.errors import CheckpointError
 
-PIECE = 2**26  # Bytes of an array that are read at once, to be converted.
+PIECE = 2**24  # Bytes of an array that are read at once, to be converted.
 CHUNK = 2**22  # Bytes of an array that are compressed at once.
 FILE = 2**24  # Bytes of a file; TensorStore has as many in memory before it writes them.
 
