@@ -125,7 +125,9 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, f'--processes={flags.processes}',
-                   f'--directory={folder}/checkpoints', *['--small'] * flags.small]  # fmt: skip
+                   f'--directory={folder}/checkpoints']  # fmt: skip
+        if flags.small:
+            command.append('--small')
         running = [
             subprocess.Popen([*command, f'--process_id={i}'], env=environment)
             for i in range(flags.processes)
