@@ -70,7 +70,7 @@ def test_a_killed_process_ends_the_others_and_the_same_command_resumes(program, 
 
 
 @pytest.mark.alone
-def test_a_run_that_hangs_says_where_and_ends(program):
+def test_a_run_that_hangs_says_where_ends_and_resumes(program, undisturbed):
     """One process is alive and does nothing, and the others wait for it."""
     run = program(**THREE_EPOCHS, stall_seconds=8).start(cpus=2)
     run.until_said('step 20/')
@@ -80,6 +80,8 @@ def test_a_run_that_hangs_says_where_and_ends(program):
     assert 'in train_block' in run.said()
     assert 'process 0 was ended by SIGALRM; ending the others' in run.said()
     assert not [found for found in run.leftovers() if found.startswith('process')]
+    assert run.run() == 1, run.said()
+    assert run.accuracies() == undisturbed.accuracies()
 
 
 def test_a_peer_that_dies_ends_a_process_that_nobody_supervises(program):

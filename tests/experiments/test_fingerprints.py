@@ -28,3 +28,7 @@ def test_another_machine_has_no_known_fingerprint(tmp_path, monkeypatch):
     (tmp_path / 'table.json').write_text(json.dumps([entry]))
     assert known_fingerprints.known(entry | {'fingerprint': 'b'}) == 'a'
     assert known_fingerprints.known(entry | {'caches': ['L1 48K']}) is None
+    assert not known_fingerprints.has_machine()
+    ours = known_fingerprints.described(machine.describe())
+    (tmp_path / 'table.json').write_text(json.dumps([entry, entry | ours]))
+    assert known_fingerprints.has_machine()

@@ -46,6 +46,7 @@ QUICK = SMALL_IMAGES[4:]
 # The others' outputs. XLA has no fast convolution in fp64, so there the sizes are the
 # smallest whose last stage has more than one position; heights stay odd, widths even.
 LARGE_IMAGES = [
+    ('resnet50', 97, 65, np.float32),
     ('resnet50', 224, 224, np.float32),
     ('resnet50', 33, 48, np.float64),
     ('resnet18_cifar', 32, 32, np.float32),
