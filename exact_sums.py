@@ -103,7 +103,7 @@ def psum(tree: Any, formats: Any, axis: str) -> tuple[Any, jax.Array, jax.Array]
     broadcast = jax.tree.map(lambda form, part: jax.tree.map(lambda _: form, part), formats, tree)
     arrays, structure = jax.tree.flatten(tree)
     forms = jax.tree.leaves(broadcast)
-    # One call for all, of which XLA makes one collective: each is a synchronization.
+    # One call: XLA combines what is small into one collective, for each is a synchronization.
     sums = lax.psum([form.encode(x) for form, x in zip(forms, arrays, strict=True)], axis)
     words = lax.pmax(jnp.stack([_word(x) for x in arrays]), axis)
     found = [_largest(word) for word in words]
