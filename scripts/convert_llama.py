@@ -54,7 +54,7 @@ def to_hugging_face(checkpoint: Path, out: Path, dtype: str) -> str:
       CheckpointError: it is not one of Llama.
     """
     try:
-        stored = checkpointing.Stored(checkpoint)
+        stored = checkpointing.Stored(checkpoint, threads=1)
         params = stored.unread().get('variables', {}).get('params')
         name = hugging_face.identify(params)
         stored.check(stored.described())

@@ -25,7 +25,7 @@ from exact_sums import named
 from fingerprints import shown
 from settings.errors import CheckpointError
 
-PIECE = 2**24  # Bytes of an array that are read at once, to be converted.
+PIECE = 2**23  # Bytes of an array that are read at once, to be converted.
 CHUNK = 2**22  # Bytes of an array that are compressed at once.
 FILE = 2**24  # Bytes of a file; TensorStore has as many in memory before it writes them.
 
@@ -68,11 +68,20 @@ def pieces(shape: Sequence[int], dtype: Any) -> Iterator[Any]:
 class Stored:
     """A checkpoint on disk, WORKDIR/checkpoints/STEP. Its arrays are read one by one.
 
+    Args:
+      directory: of the checkpoint.
+      threads: that read and decompress chunks at once, if not as many as TensorStore chooses. C's
+        `malloc` keeps for each some of what it frees.
+
     Raises:
       CheckpointError: when it is missing or incomplete.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, threads: int | None = None):
+        limit = {} if threads is None else {'limit': threads}
+        self._context = tensorstore.Context(
+            {'file_io_concurrency': limit, 'data_copy_concurrency': limit}
+        )
         try:
             self._directory = directory.resolve()  # TensorStore takes no relative paths.
         except (OSError, RuntimeError) as error:  # The latter for a link to itself, up to 3.12.
@@ -99,7 +108,7 @@ class Stored:
         state = self._directory / 'state'
         entries = json.loads((state / '_METADATA').read_text())['tree_metadata'].values()
         store = {'driver': 'ocdbt', 'base': f'file://{state}/'}
-        keys = tensorstore.KvStore.open(store).result().list().result()
+        keys = tensorstore.KvStore.open(store, context=self._context).result().list().result()
         present = {key.decode().removesuffix('/.zarray') for key in keys}
         arrays, paths = {}, []
         for entry in entries:
@@ -110,7 +119,7 @@ class Stored:
             if '.'.join(path) not in present:
                 raise CheckpointError(f'it has no array {"/".join(path)}')
             spec = {'driver': 'zarr', 'kvstore': store, 'path': f'{".".join(path)}/'}
-            arrays['/'.join(path)] = tensorstore.open(spec).result()
+            arrays['/'.join(path)] = tensorstore.open(spec, context=self._context).result()
         return arrays, paths
 
     def described(self) -> dict[str, str]:
