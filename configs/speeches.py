@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small Llama that learns English from real speeches, byte by byte, in a minute on two cores.
+"""A small Llama that learns English from real speeches, byte by byte, on two cores in minutes.
 
 Data: the messages of the presidents of the United States to Congress, 1790 to 2026; the text is in
 the public domain. Model: four layers of the benchmark's network, 0.5 million parameters. Where the

@@ -16,4 +16,5 @@ def show(text: str, end: str = '\n', file: TextIO | None = None) -> None:
     try:
         print(text, end=end, file=file, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        with open(os.devnull, 'wb') as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())

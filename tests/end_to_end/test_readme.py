@@ -8,10 +8,16 @@ import pytest
 
 from tests.end_to_end.program import ROOT, environment, share_programs
 
+# The recipes' own targets: tests/end_to_end/test_run.py, and docs/convergence.
+NEAR = {
+    'configs/digits.py': '--config.target_top1=0.8',
+    'configs/speeches.py': '--config.target_loss=2.2',
+}
+
 
 @pytest.mark.slow
 def test_the_commands_work(tmp_path, own_environment):
-    """To the letter, but for where they write."""
+    """To the letter, but for where they write and how far they train."""
     variables = environment(**own_environment)
     del variables['JAX_NUM_CPU_DEVICES']  # Users have as many as the program chooses.
     share_programs(tmp_path)
@@ -23,7 +29,8 @@ def test_the_commands_work(tmp_path, own_environment):
             if command in ('scripts/run_tests.sh', 'scripts/run_and_time.sh'):
                 continue
             if 'run_and_time.sh' in command:
-                command += f' --workdir={tmp_path / str(ran)}'
+                (target,) = (NEAR[word] for word in command.split() if word in NEAR)
+                command += f' --workdir={tmp_path / str(ran)} {target}'
             done = subprocess.run(
                 command, shell=True, cwd=ROOT, env=variables, capture_output=True, text=True,
                 check=False,

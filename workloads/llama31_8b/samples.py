@@ -48,9 +48,19 @@ class Order:
 
 
 def load_order(folder: Path) -> Order:
-    """The inverse of `Order.save`; arrays are read when they are used."""
+    """The inverse of `Order.save`; arrays are read when they are used.
+
+    Raises:
+      DatasetError: a file is missing or truncated, or is no array.
+    """
     names = (field.name for field in dataclasses.fields(Order))
-    return Order(*(np.load(folder / f'{name}.npy', mmap_mode='r') for name in names))
+    try:
+        return Order(*(np.load(folder / f'{name}.npy', mmap_mode='r') for name in names))
+    except (OSError, ValueError, EOFError) as error:
+        raise DatasetError(
+            f'the order of the training sequences in {folder} cannot be read ({error}); delete the '
+            'folder, and the same command makes it again'
+        ) from error
 
 
 def _starts(lengths: np.ndarray, documents: np.ndarray, length: int, samples: int) -> np.ndarray:

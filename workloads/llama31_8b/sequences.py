@@ -139,12 +139,13 @@ def pipeline(
       processes: see `Pipeline`.
 
     Raises:
-      DatasetError: the order cannot be kept.
+      DatasetError: the order cannot be kept, or one that was kept is damaged.
     """
     load = functools.partial(_evaluation, corpus.validation, length, corpus.num_eval)
     train = evaluation = Sequences(load, corpus.num_eval, vocabulary)
     if seed is not None:
         folder = _kept_order(corpus.train, length, samples_to_train, seed)
+        samples.load_order(folder)  # Before the run begins, and not in a worker.
         load = functools.partial(_training, corpus.train, folder, length)
         train = Sequences(load, samples_to_train, vocabulary)
     return Pipeline(train, evaluation, seed=seed, share=share, processes=processes)

@@ -103,6 +103,26 @@ def test_a_folder_that_cannot_be_written_is_named(data_dir, monkeypatch):
         WORKLOAD.pipeline(config, WORKLOAD.data(config), 5, Share(0, 4, 4))
 
 
+@pytest.mark.parametrize('size', [None, 0, 10, 200])
+def test_a_damaged_order_is_named_and_can_be_deleted(data_dir, tmp_path, size):
+    """A file of it is missing, or has only so many bytes."""
+    shutil.copytree(data_dir / 'speeches', tmp_path / 'speeches')
+    config = small(tmp_path)
+    corpus = WORKLOAD.data(config)
+    made = WORKLOAD.pipeline(config, corpus, 7, Share(0, 4, 4))
+    (folder,) = (tmp_path / 'speeches' / 'orders').glob('*/')
+    if size is None:
+        (folder / 'starts.npy').unlink()
+    else:
+        os.truncate(folder / 'starts.npy', size)
+    with pytest.raises(DatasetError, match=f'{folder} cannot be read .*; delete the folder'):
+        WORKLOAD.pipeline(config, corpus, 7, Share(0, 4, 4))
+    shutil.rmtree(folder)
+    again = WORKLOAD.pipeline(config, corpus, 7, Share(0, 4, 4))
+    first, second = (next(iter(each.train(0, 1))) for each in (made, again))
+    np.testing.assert_array_equal(first['tokens'], second['tokens'])
+
+
 @pytest.mark.parametrize('version', RULESETS)
 def test_the_ruleset_is_a_choice(version):
     assert course.create(configure(ruleset=version)).ruleset.version == version
