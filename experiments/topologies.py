@@ -27,6 +27,7 @@ import fingerprints
 import train_lib
 from models.llama.architectures import Architecture
 from settings import backend
+from settings.errors import REACHED
 from tests import harness
 from tests.end_to_end.program import Program
 from tests.workloads.llama31_8b import test_task
@@ -55,14 +56,14 @@ def fingerprint(run: Program) -> str:
     return fingerprints.shown(fingerprints.of_host_arrays(run.checkpoint()))
 
 
-def moved(run: Program, more: list[str]) -> None:
-    """Stops it after an evaluation on each of some topologies; ends it on one device."""
+def moved(run: Program, more: list[str]) -> int:
+    """Stops it after an evaluation on each of some topologies; its exit status on one device."""
     for name in ('8 devices', '2 processes × 2 devices', '4 processes'):
         run.start(**TOPOLOGIES[name], more=more)
         run.until(lambda: EVALUATED.search(run.said()) is not None)
         run.process.terminate()
         run.wait()
-    run.run(more=more)
+    return run.run(more=more)
 
 
 def to_target(config: str, out: Path, data_dir: Path) -> bool:
@@ -73,10 +74,8 @@ def to_target(config: str, out: Path, data_dir: Path) -> bool:
         fields = {'seed': 20261123, **MICRO_BATCHES[config]}
         run = Program(out / config / name.replace(' ', '-'), data_dir, **fields)
         run.workdir.parent.mkdir(exist_ok=True)
-        if name == 'moved':
-            moved(run, more)
-        else:
-            run.run(**TOPOLOGIES[name], more=more)
+        ended = moved(run, more) if name == 'moved' else run.run(**TOPOLOGIES[name], more=more)
+        assert ended == REACHED, run.said()
         results, mark = run.accuracies(), fingerprint(run)
         found.add((*results, mark))
         print(f'| {name} | {len(results)} | {results[-1]:.5f} | {mark} |', flush=True)
