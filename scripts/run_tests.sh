@@ -4,7 +4,7 @@
 # Sets up the environment, checks the code's format, style, types and spelling, and runs the tests, all on the CPU.
 #
 # Usage: scripts/run_tests.sh [--all] [ARGUMENT...]
-#   --all        the slow tests too, some 20 minutes on 2 cores; without them some 6 minutes the first time, then 4
+#   --all        the slow tests too, some 20 minutes on 2 cores; without them 6 to 9 minutes the first time, then 4 to 5
 #   ARGUMENT...  for pytest, such as tests/workloads/resnet/test_optimizers.py or -k lars
 #
 # Without ARGUMENT tests run two files at a time. Those marked `alone` run only with --all, one at a time.

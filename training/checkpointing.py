@@ -70,8 +70,8 @@ class Stored:
 
     Args:
       directory: of the checkpoint.
-      threads: that read and decompress chunks at once, if not as many as TensorStore chooses. C's
-        `malloc` keeps for each some of what it frees.
+      threads: that read and decompress chunks, if not as many as TensorStore chooses. For each
+        thread glibc's `malloc` keeps some of what was freed, so fewer take less memory.
 
     Raises:
       CheckpointError: when it is missing or incomplete.
