@@ -31,7 +31,7 @@ class CheckpointError(RejectedError, ValueError):
 
 
 class DataError(FailedError):
-    """A record that cannot be used; the text names it."""
+    """Data that turn out to be unusable; the text names them."""
 
 
 class SaveError(FailedError):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from settings.errors import DatasetError
+from settings.errors import DataError, DatasetError
 from workloads.llama31_8b.token_files import TokenFile
 
 # The last epoch is shuffled by itself when less than this part of it is used.
@@ -51,13 +51,13 @@ def load_order(folder: Path) -> Order:
     """The inverse of `Order.save`; arrays are read when they are used.
 
     Raises:
-      DatasetError: a file is missing or truncated, or is no array.
+      DataError: a file is missing or truncated, or is no array.
     """
     names = (field.name for field in dataclasses.fields(Order))
     try:
         return Order(*(np.load(folder / f'{name}.npy', mmap_mode='r') for name in names))
     except (OSError, ValueError, EOFError) as error:
-        raise DatasetError(
+        raise DataError(
             f'the order of the training sequences in {folder} cannot be read ({error}); delete the '
             'folder, and the same command makes it again'
         ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from input_pipeline import Batch, Pipeline, Share
-from settings.errors import DataError, DatasetError
+from settings.errors import DataError
 from workloads.llama31_8b import samples
 from workloads.llama31_8b.corpora import Corpus
 from workloads.llama31_8b.samples import Samples
@@ -99,7 +99,7 @@ def _kept_order(prefix: Path, length: int, count: int, seed: int) -> Path:
             if not folder.exists():
                 _make_order(folder, lengths, length, count, seed)
     except OSError as error:
-        raise DatasetError(
+        raise DataError(
             f'the order of the training sequences cannot be written to {folder.parent}: '
             f'{error.strerror}'
         ) from error
@@ -139,13 +139,13 @@ def pipeline(
       processes: see `Pipeline`.
 
     Raises:
-      DatasetError: the order cannot be kept, or one that was kept is damaged.
+      DataError: the order cannot be kept, or one that was kept is damaged.
     """
     load = functools.partial(_evaluation, corpus.validation, length, corpus.num_eval)
     train = evaluation = Sequences(load, corpus.num_eval, vocabulary)
     if seed is not None:
         folder = _kept_order(corpus.train, length, samples_to_train, seed)
-        samples.load_order(folder)  # Before the run begins, and not in a worker.
+        samples.load_order(folder)  # Fails here, and not in a worker.
         load = functools.partial(_training, corpus.train, folder, length)
         train = Sequences(load, samples_to_train, vocabulary)
     return Pipeline(train, evaluation, seed=seed, share=share, processes=processes)

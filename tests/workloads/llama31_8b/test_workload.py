@@ -17,7 +17,7 @@ from data_preparation import token_data
 from input_pipeline import Share
 from reporting import verdicts
 from scripts import judge_run
-from settings.errors import ConfigError, DatasetError
+from settings.errors import ConfigError, DataError, DatasetError
 from settings.hyperparameters import resolve
 from tests.end_to_end.program import Program, share_programs
 from tests.harness import is_same
@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_written_is_named(data_dir, monkeypatch):
         raise OSError(28, 'full')
 
     monkeypatch.setattr('tempfile.mkdtemp', fail)
-    with pytest.raises(DatasetError, match=r'cannot be written to .*orders: full'):
+    with pytest.raises(DataError, match=r'cannot be written to .*orders: full'):
         WORKLOAD.pipeline(config, WORKLOAD.data(config), 5, Share(0, 4, 4))
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_order_is_named_and_can_be_deleted(data_dir, tmp_path, size):
         (folder / 'starts.npy').unlink()
     else:
         os.truncate(folder / 'starts.npy', size)
-    with pytest.raises(DatasetError, match=f'{folder} cannot be read .*; delete the folder'):
+    with pytest.raises(DataError, match=f'{folder} cannot be read .*; delete the folder'):
         WORKLOAD.pipeline(config, corpus, 7, Share(0, 4, 4))
     shutil.rmtree(folder)
     again = WORKLOAD.pipeline(config, corpus, 7, Share(0, 4, 4))
